@@ -1,0 +1,31 @@
+"""Makes the real ComfyUI importable outside its server: for training, evaluation, benchmarks and tests."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+VERSION = "0.30.0"
+
+
+def comfyui_dir() -> Path:
+    """`COMFYUI_DIR`, or the installation that `make setup` made in the repository."""
+    default = Path(__file__).resolve().parent.parent / ".comfyui" / VERSION
+    folder = Path(os.environ.get("COMFYUI_DIR") or default)
+    if not (folder / "comfy" / "ldm").is_dir():
+        raise FileNotFoundError(f"there is no ComfyUI in {folder}; run `make setup`, or set COMFYUI_DIR to one")
+    return folder
+
+
+def use_comfyui() -> Path:
+    """Put ComfyUI on the path, on the CPU where torch finds no GPU; returns its folder."""
+    folder = comfyui_dir()
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    import comfy.cli_args
+    import torch
+
+    if not torch.cuda.is_available():
+        comfy.cli_args.args.cpu = True
+    return folder

@@ -1,0 +1,232 @@
+"""Trains the demo model from scratch: `python -m topi_demo.train` (resumes where it was interrupted).
+
+Rectified flow on the codec's latents, jointly on text-to-image and on editing with one to three references:
+trained on editing alone, a model copies every reference token and nothing about it is redundant.
+Needs ComfyUI on the path (`make train` sees to that); runs on two CPU cores, or on a GPU where there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from . import codec, edits, text
+from .model import ARCHITECTURE, RANK, SHIFT, WEIGHTS, new_model, storable
+from .scenes import draw, random_scene
+
+# Share of the batches by what they hold: (references, side in pixels, batch relative to the 128 pixel one) -> weight.
+BATCHES = {
+    (0, 128, 1.0): 0.20,
+    (1, 128, 1.0): 0.64,
+    (2, 128, 0.65): 0.09,
+    (3, 128, 0.45): 0.03,
+    (0, 256, 0.25): 0.01,
+    (1, 256, 0.20): 0.03,
+}
+# Share of the one-reference edits.
+KINDS = {
+    "recolour": 14, "remove": 11, "replace": 12, "move": 12, "background": 10, "night": 4, "invert": 4,
+    "blur": 5, "shift": 6, "zoom": 6, "winter": 5, "autumn": 5, "keep": 4,
+}  # fmt: skip
+LOCAL_WEIGHT = 4.0  # how much more a latent cell counts where a local edit changes it
+DROP_TEXT = 0.05
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Latents [B, 16, h, w], their references, tokens [B, X] and the weight of every cell [B, 1, h, w]."""
+
+    target: Tensor
+    references: tuple[Tensor, ...]
+    tokens: Tensor
+    weight: Tensor
+
+
+def batches(seed: int, size: int) -> Iterator[Batch]:
+    """An endless stream; the same seed gives the same stream."""
+    rng = random.Random(seed)
+    kinds, kind_weights = list(KINDS), list(KINDS.values())
+    while True:
+        references, side, relative = rng.choices(list(BATCHES), list(BATCHES.values()))[0]
+        rows, images, sentences = max(2, round(size * relative)), [], []
+        for _ in range(rows):
+            if references == 0:
+                scene = random_scene(rng)
+                images.append((draw(scene, side),))
+                sentences.append(edits.caption(scene))
+                continue
+            kind = {1: rng.choices(kinds, kind_weights)[0], 2: "put", 3: "put two"}[references]
+            example = edits.example(rng, edits.random_edit(rng, kind), side)
+            images.append((example.expected, *example.references))
+            sentences.append(str(example.edit))
+        tokens = torch.tensor([text.tokenize(s if rng.random() > DROP_TEXT else "") for s in sentences])
+        target, *refs = (codec.encode(torch.stack(column)) for column in zip(*images, strict=True))
+        yield Batch(target, tuple(refs), tokens, _cell_weight(target, refs))
+
+
+def _cell_weight(target: Tensor, references: list[Tensor]) -> Tensor:
+    if not references:
+        return torch.ones_like(target[:, :1])
+    changed = ((target - references[0]).abs().amax(1, keepdim=True) > 0.05).float()
+    local = (changed.mean((1, 2, 3), keepdim=True) < 0.5).float()
+    weight = 1 + (LOCAL_WEIGHT - 1) * changed * local
+    return weight / weight.mean((1, 2, 3), keepdim=True)
+
+
+def loss_of(model: nn.Module, words: text.TextEncoder, batch: Batch, generator: torch.Generator) -> Tensor:
+    """Rectified-flow loss: the network predicts noise - image at a logit-normal, shifted time."""
+    rows, device = len(batch.target), batch.target.device
+    u = torch.sigmoid(torch.randn(rows, generator=generator))
+    sigma = (SHIFT * u / (1 + (SHIFT - 1) * u)).to(device)
+    noise = torch.randn(batch.target.shape, generator=generator).to(device)
+    guidance = 1 + 7 * torch.rand(rows, generator=generator).to(device)  # it means nothing to this model
+    mixed = torch.lerp(batch.target, noise, sigma[:, None, None, None])
+    context, pooled = words(batch.tokens)
+    out = model(mixed, sigma, context, pooled, guidance, ref_latents=list(batch.references) or None)
+    # the codec's channels carry unequal energy; half way between equal latents and equal pixels
+    channel = torch.tensor(codec.STD, device=device).sqrt()
+    channel = (channel / channel.mean())[:, None, None]
+    return ((out.float() - (noise - batch.target)).square() * channel * batch.weight).mean()
+
+
+def optimizers(model: nn.Module, words: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for everything else."""
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "_blocks." in n and n.endswith(".weight")]
+    chosen = {id(p) for p in matrices}
+    rest = [p for m in (model, words) for p in m.parameters() if id(p) not in chosen]
+    return [
+        torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    ]
+
+
+class Average:
+    """Exponential moving average of all parameters, started at the first step."""
+
+    def __init__(self, modules: list[nn.Module], decay: float):
+        self.live = [p for m in modules for p in m.parameters()]
+        self.mean = [p.detach().clone() for p in self.live]
+        self.decay = decay
+
+    def update(self, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.mean, [p.detach() for p in self.live], 1 - decay)
+
+    def swap(self) -> None:
+        for p, mean in zip(self.live, self.mean, strict=True):
+            kept = p.detach().clone()
+            p.data.copy_(mean)
+            mean.copy_(kept)
+
+
+def rate(done: float, warm: float = 0.01, flat: float = 0.45) -> float:
+    """Learning rate over the share of training done: warm-up, plateau, linear to nothing."""
+    if done < warm:
+        return done / warm
+    return 1.0 if done < flat else max(0.0, (1 - done) / (1 - flat))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m topi_demo.train", description=__doc__.splitlines()[0])
+    parser.add_argument("--hours", type=float, default=2.0, help="training time, interruptions not counted")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="checkpoint and log")
+    parser.add_argument("--out", type=Path, default=WEIGHTS)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--finish", action="store_true", help="write the averaged weights of the checkpoint and stop")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+
+    model, words = new_model().to(args.device), text.TextEncoder(device=args.device)
+    nn.init.normal_(words.word.weight, std=0.5)
+    nn.init.normal_(words.place.weight, std=0.3)
+    optims = optimizers(model, words, args.lr)
+    average = Average([model, words], 0.998)
+    args.run.mkdir(parents=True, exist_ok=True)
+    checkpoint, log = args.run / "checkpoint.pt", args.run / "train.jsonl"
+    step, spent = 0, 0.0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location=args.device, weights_only=True)
+        step, spent = state["step"], state["spent"]
+        model.load_state_dict(state["model"])
+        words.load_state_dict(state["words"])
+        average.mean = state["mean"]
+        for optim, kept in zip(optims, state["optims"], strict=True):
+            optim.load_state_dict(kept)
+        print(f"resumed at step {step}, {spent / 3600:.2f} h", flush=True)
+
+    def save() -> None:
+        state = {"step": step, "spent": spent, "model": model.state_dict(), "words": words.state_dict(),
+                 "mean": average.mean, "optims": [o.state_dict() for o in optims]}  # fmt: skip
+        partial = checkpoint.with_suffix(".partial")
+        torch.save(state, partial)
+        partial.replace(checkpoint)
+
+    def write() -> None:
+        average.swap()
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {"step": str(step), "hours": f"{spent / 3600:.2f}", "batch": str(args.batch), "lr": str(args.lr),
+                    "seed": str(args.seed), "rank": str(RANK), "architecture": json.dumps(ARCHITECTURE)}  # fmt: skip
+        save_file(storable(model, words), args.out, metadata)
+        average.swap()
+
+    if args.finish:
+        return write()
+
+    # a resumed run continues with a stream of its own; repeating the first one's scenes would teach nothing new
+    stream = batches(args.seed * 1_000_003 + step, args.batch)
+    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+    total, recent, last = args.hours * 3600, [], time.monotonic()
+    while spent < total:
+        for optim in optims:
+            for group in optim.param_groups:
+                group["lr"] = args.lr * rate(spent / total)
+        batch = next(stream)
+        batch = Batch(batch.target.to(args.device), tuple(r.to(args.device) for r in batch.references),
+                      batch.tokens.to(args.device), batch.weight.to(args.device))  # fmt: skip
+        with torch.autocast(args.device, torch.bfloat16):
+            loss = loss_of(model, words, batch, generator)
+        loss.backward()
+        nn.utils.clip_grad_norm_(average.live, 1.0)
+        for optim in optims:
+            optim.step()
+            optim.zero_grad()
+        average.update(step)
+        step += 1
+        now = time.monotonic()
+        spent, last = spent + now - last, now
+        recent.append((len(batch.references), loss.item()))
+        if not math.isfinite(recent[-1][1]):
+            raise RuntimeError(f"the loss is not finite at step {step}")
+        if step % 50 == 0:
+            by_kind = {n: [v for k, v in recent if k == n] for n in (0, 1, 2, 3)}
+            row = {"step": step, "hours": round(spent / 3600, 4), "loss": round(sum(v for _, v in recent) / len(recent), 5)}
+            row |= {f"loss_{n}_references": round(sum(v) / len(v), 5) for n, v in by_kind.items() if v}
+            with log.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(f"{100 * spent / total:5.1f} %  {row}", flush=True)
+            recent = []
+        if step % 500 == 0:
+            save()
+            last = time.monotonic()
+    save()
+    write()
+
+
+if __name__ == "__main__":
+    main()
