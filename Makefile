@@ -1,0 +1,33 @@
+# Every target makes what it needs first: .venv/ and the real ComfyUI in .comfyui/ (about 6 GB, once).
+# COMFYUI_DIR=/path/to/ComfyUI uses that one instead; PYTHON=python3.12 picks the Python that .venv/ is made from.
+
+PYTHON ?= python3
+RUN = .venv/bin/python -m
+
+.PHONY: help setup demo test serve lint train evaluate
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
+
+setup:  ## only the set-up
+	@$(PYTHON) tools/setup.py
+
+demo: setup  ## edit images in a real ComfyUI, with and without ToPi, side by side
+	@$(RUN) topi_demo.demo $(ARGS)
+
+test: setup  ## all tests; ARGS="tests/core -k select" picks some
+	@$(RUN) pytest $(ARGS)
+
+serve: setup  ## ComfyUI's page with the pack in it; ARGS="--port 9000" goes to ComfyUI
+	@$(RUN) tools.serve $(ARGS)
+
+train: setup  ## train the demo model anew (hours)
+	@$(RUN) topi_demo.train $(ARGS)
+
+evaluate: setup  ## measure the demo model on held-out scenes
+	@$(RUN) topi_demo.evaluate $(ARGS)
+
+lint:  ## check style and formatting; needs neither torch nor ComfyUI
+	@$(PYTHON) tools/setup.py lint
+	@$(RUN) ruff check .
+	@$(RUN) ruff format --check .
