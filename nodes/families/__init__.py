@@ -1,0 +1,20 @@
+"""The model families ToPi knows: what differs between them, one file each."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from . import flux, qwen_image
+from .family import Family
+
+FAMILIES: tuple[Family, ...] = (flux.FLUX1, flux.FLUX2, qwen_image.QWEN_IMAGE)
+
+
+def family_of(network: nn.Module) -> Family:
+    """The family of a diffusion network; ValueError that names what was found and what is supported."""
+    for family in FAMILIES:
+        if family.matches(network):
+            return family
+    found = f"{type(network).__module__}.{type(network).__qualname__}"
+    supported = ", ".join(f"{family.label}" for family in FAMILIES)
+    raise ValueError(f"ToPi cannot prune a model of the class {found}; supported are ComfyUI's own {supported}")

@@ -1,0 +1,34 @@
+"""FLUX.1 (Kontext) and FLUX.2: ComfyUI's `comfy.ldm.flux.model.Flux`, with modulation by block or shared."""
+
+from __future__ import annotations
+
+from comfy.ldm.flux.model import Flux
+from torch import Tensor, nn
+
+from ...topi_core.layout import Grid
+from .family import Block, Family, padded_grid
+
+
+def _blocks(network: nn.Module) -> list[Block]:
+    double = [Block("double_block", i) for i in range(len(network.double_blocks))]
+    return double + [Block("single_block", i) for i in range(len(network.single_blocks))]
+
+
+def _grid(network: nn.Module, latent: Tensor) -> Grid:
+    return padded_grid(latent, network.patch_size)
+
+
+FLUX1 = Family(
+    name="flux1",
+    label="FLUX.1",
+    matches=lambda network: type(network) is Flux and not network.params.global_modulation,
+    blocks=_blocks,
+    grid=_grid,
+)
+FLUX2 = Family(
+    name="flux2",
+    label="FLUX.2",
+    matches=lambda network: type(network) is Flux and network.params.global_modulation,
+    blocks=_blocks,
+    grid=_grid,
+)

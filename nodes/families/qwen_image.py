@@ -1,0 +1,24 @@
+"""Qwen-Image-Edit (first, 2509, 2511): ComfyUI's `comfy.ldm.qwen_image.model.QwenImageTransformer2DModel`."""
+
+from __future__ import annotations
+
+from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
+from torch import Tensor, nn
+
+from ...topi_core.layout import Grid
+from .family import Block, Family, padded_grid
+
+
+def _grid(network: nn.Module, latent: Tensor) -> Grid:
+    """Latents are [B, C, frames, H, W]; the frames stand below one another."""
+    rows, columns = padded_grid(latent, network.patch_size)
+    return latent.shape[2] * rows, columns
+
+
+QWEN_IMAGE = Family(
+    name="qwen_image",
+    label="Qwen-Image",
+    matches=lambda network: type(network) is QwenImageTransformer2DModel,
+    blocks=lambda network: [Block("double_block", i) for i in range(len(network.transformer_blocks))],
+    grid=_grid,
+)

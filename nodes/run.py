@@ -1,0 +1,198 @@
+"""The state of one sampling run: which references share a selection, what they scored, what they keep."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..topi_core.config import Settings
+from ..topi_core.influence import attention_received, influence, random_score, similarity
+from ..topi_core.layout import Layout
+from ..topi_core.schedule import Schedule
+from ..topi_core.select import Selection, select
+from ..topi_core.trace import Anchor, Bits, Kind, Run, Step
+
+
+@dataclass
+class Group:
+    """Conds that look at the same references: one selection an image."""
+
+    references: list[Tensor]  # one [images, channels, ...] a reference
+    layout: Layout
+    scores: Tensor | None = None  # [images, C], of the newest anchor step
+    scored: tuple[int, float] | None = None  # its step and sigma
+    selection: Selection | None = None
+
+    def same(self, references: list[Tensor], layout: Layout) -> bool:
+        return self.layout == layout and all(torch.equal(a, b) for a, b in zip(self.references, references, strict=True))
+
+    def add(self, scores: Tensor, step: int, sigma: float) -> None:
+        """Adds the influence of one call; the first call of a new anchor step starts afresh."""
+        fresh = self.scored is None or self.scored[0] != step
+        self.scores = scores if fresh else self.scores + scores
+        self.scored, self.selection = (step, sigma), None
+
+
+@dataclass
+class Call:
+    """One call of the network: its rows are `chunks` x images, chunk by chunk."""
+
+    layout: Layout
+    chunks: list[Group]
+    kind: Kind
+    step: int
+    sigma: float
+    kept: Tensor | None = None  # [B, K] into the context, on pruned calls that drop anything
+    scores: dict[int, Tensor] = field(default_factory=dict)  # layer -> [B, C]
+    positions: dict[tuple, Tensor] = field(default_factory=dict)  # realigned `pe` and masks by their source
+    computed: bool = False
+
+    @property
+    def tokens(self) -> int:
+        dropped = 0 if self.kept is None else self.layout.context_tokens - self.kept.shape[1]
+        return self.layout.tokens - dropped
+
+
+@dataclass
+class OpenStep:
+    """The step that is going on: it lasts from its first call to the first call of another one."""
+
+    index: int
+    sigma: float
+    started: float
+    kind: Kind = "skipped"
+    tokens: int = 0
+
+    def note(self, kind: Kind, tokens: int) -> None:
+        self.kind = max(self.kind, kind, key=("skipped", "full", "pruned", "anchor").index)
+        self.tokens = max(self.tokens, tokens)
+
+
+class RunState:
+    """Made when a sampling run starts, gone when it ends."""
+
+    def __init__(self, settings: Settings, record: Run, window: tuple[float, float], seed: int):
+        self.settings = settings
+        self.record = record
+        self.window = window
+        self.generator = torch.Generator().manual_seed(seed)
+        self.schedule: Schedule | None = None
+        self.groups: list[Group] = []
+        self.group_of_cond: dict[object, Group] = {}
+        self.kept: dict[tuple[int, ...], Tensor] = {}  # by the groups of a call's chunks, until the next anchor
+        self.open: OpenStep | None = None
+
+    def begin(self, options: dict, references: list[Tensor], layout: Layout, rows: int) -> Call:
+        """Decides what a call of the network does.
+
+        options: ComfyUI's transformer_options; rows: the call's batch rows; references [rows, ...], maybe none.
+        """
+        sigma = float(options["sigmas"][0])
+        if self.schedule is None:
+            s = self.settings
+            sigmas = tuple(options["sample_sigmas"].tolist())
+            self.schedule = Schedule(sigmas, s.update_interval, s.first_anchor, *self.window)
+        step = self.schedule.step(sigma)
+        if self.open is None or self.open.index != step:
+            self._close_step()
+            self.open = OpenStep(step, sigma, time.perf_counter())
+        if not references:
+            return Call(layout, [], "full", step, sigma)
+        chunks = self._groups(options, references, layout, rows)
+        call = Call(layout, chunks, self._kind(chunks, step, sigma), step, sigma)
+        if call.kind == "pruned":
+            call.kept = self._kept(chunks)
+        return call
+
+    def _groups(self, options: dict, references: list[Tensor], layout: Layout, rows: int) -> list[Group]:
+        conds = options["uuids"]
+        images = rows // len(conds)
+        groups = []
+        for i, cond in enumerate(conds):
+            group = self.group_of_cond.get(cond)
+            if group is None or group.layout != layout:
+                own = [reference[i * images : (i + 1) * images] for reference in references]
+                group = next((g for g in self.groups if g.same(own, layout)), None)
+                if group is None:
+                    group = Group(own, layout)
+                    self.groups.append(group)
+                self.group_of_cond[cond] = group
+            groups.append(group)
+        return groups
+
+    def _kind(self, chunks: list[Group], step: int, sigma: float) -> Kind:
+        if not self.schedule.active(sigma):
+            return "full"
+        last = [group.scored[0] if group.scored else None for group in chunks]
+        anchor = any(at == step or self.schedule.due(step, at) for at in last)
+        return "anchor" if anchor else "pruned"
+
+    def _kept(self, chunks: list[Group]) -> Tensor | None:
+        for group in chunks:
+            self._settle(group)
+        key = tuple(id(group) for group in chunks)
+        if key not in self.kept:
+            count = max(count for group in chunks for count in group.selection.counts)
+            kept = torch.cat([group.selection.kept(count) for group in chunks])
+            self.kept[key] = kept.to(chunks[0].references[0].device)
+        kept = self.kept[key]
+        return None if kept.shape[1] == chunks[0].layout.context_tokens else kept
+
+    def _settle(self, group: Group) -> None:
+        """Turns the scores of a group's anchor step into its selection; the run's one synchronisation an anchor."""
+        if group.scored is None or group.selection is not None:
+            return
+        s = self.settings
+        group.selection = select(group.scores.cpu(), s.tau, s.min_keep, s.max_keep)
+        step, sigma = group.scored
+        self.record.anchors.append(Anchor(step, sigma, group.layout, Bits.of(group.selection.mask())))
+        self.kept.clear()
+
+    def score(self, call: Call, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+        """Scores one representative layer from its attention's q, k, v [B, H, N, D] after RoPE."""
+        received = attention_received(q, k, call.layout, mask)
+        if self.settings.metric == "attention":
+            call.scores[layer] = received.sum(1)
+        else:
+            call.scores[layer] = influence(received, v, call.layout)
+
+    def score_features(self, call: Call, layer: int, hidden: Tensor) -> None:
+        """Scores one representative layer from its input [B, N, W], for the metrics that need no attention."""
+        if self.settings.metric == "similarity":
+            call.scores[layer] = similarity(hidden, call.layout)
+        else:
+            score = random_score(hidden.shape[0] // len(call.chunks), call.layout.context_tokens, self.generator)
+            call.scores[layer] = score.repeat(len(call.chunks), 1).to(hidden.device, torch.float32)
+
+    def end(self, call: Call) -> None:
+        """Takes over what a call scored, and notes it, unless a cache kept the network from running."""
+        self.open.note(call.kind if call.computed else "skipped", call.tokens)
+        if call.kind != "anchor" or not call.computed:
+            return
+        missing = sorted(set(self.settings.layers) - set(call.scores))
+        if missing:
+            raise RuntimeError(
+                f"ToPi saw no attention over {call.layout.tokens} tokens in layer {missing[0]}; "
+                "another patch replaces this block's attention: remove it, or choose other layers"
+            )
+        scores = sum(call.scores[layer] for layer in self.settings.layers)
+        for group, own in zip(call.chunks, scores.chunk(len(call.chunks)), strict=True):
+            if group.scored and group.scored[0] != call.step:
+                self._settle(group)
+            group.add(own, call.step, call.sigma)
+
+    def _close_step(self) -> None:
+        if self.open is not None:
+            seconds = time.perf_counter() - self.open.started
+            self.record.steps.append(Step(self.open.index, self.open.sigma, self.open.kind, self.open.tokens, seconds))
+            self.open = None
+
+    def close(self, finished: bool) -> None:
+        """Completes the record; nothing else outlives the run."""
+        self._close_step()
+        for group in self.groups:
+            self._settle(group)
+        self.record.finished = finished

@@ -1,0 +1,97 @@
+"""How much each context token matters to the target: the paper's score, and the ones it is compared with.
+
+Axes: B batch rows, H heads, T target, C context, N the whole sequence, D head dimension. Queries and keys come
+after RoPE; the softmax runs over all N keys and its scale is 1 / sqrt(D).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .layout import Layout
+
+Metric = Literal["influence", "attention", "similarity", "random"]
+
+BUDGET = 256 * 2**20
+"""Bytes that the score matrices of one chunk may take, whatever the size of the image."""
+
+
+def attention_received_plain(q: Tensor, k: Tensor, layout: Layout, mask: Tensor | None = None) -> Tensor:
+    """Attention that each context token receives from all target rows: the sum over i of A_ij (Eq. 2).
+
+    q, k [B, H, N, D], mask bool or additive, broadcastable to [B, H, N, N] -> [B, H, C]
+    """
+    logits = (q[:, :, layout.target] @ k.mT) * q.shape[-1] ** -0.5  # [B, H, T, N]
+    if mask is not None:
+        logits = _masked(logits, mask if mask.shape[-2] == 1 else mask[..., layout.target, :])
+    return logits.softmax(-1)[..., layout.context].sum(-2)
+
+
+def attention_received(
+    q: Tensor, k: Tensor, layout: Layout, mask: Tensor | None = None, budget: int = BUDGET
+) -> Tensor:
+    """`attention_received_plain` in chunks over heads and target rows, computed in float32 (float64 stays).
+
+    The score matrices of a chunk and their softmax take at most `budget` bytes, as long as one row fits.
+    """
+    rows, heads, tokens, width = q.shape
+    if q.shape != k.shape or tokens != layout.tokens:
+        raise ValueError(
+            f"queries {tuple(q.shape)} and keys {tuple(k.shape)} must both be [B, H, {layout.tokens}, D] for {layout}"
+        )
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    if mask is not None:
+        mask = mask.expand(rows, heads, mask.shape[-2], tokens)
+    received = torch.zeros(rows, heads, layout.context_tokens, dtype=dtype, device=q.device)
+    height = max(1, budget // (2 * tokens * dtype.itemsize))  # score rows in a chunk, over all its heads
+    step = min(height, layout.target_tokens)
+    together = max(1, height // max(1, layout.target_tokens))
+    for b in range(rows):
+        for h in range(0, heads, together):
+            some = slice(h, h + together)
+            keys = k[b, some].to(dtype).mT
+            for i in range(layout.target.start, layout.target.stop, step):
+                chunk = slice(i, min(i + step, layout.target.stop))
+                logits = (q[b, some, chunk].to(dtype) * width**-0.5) @ keys  # [h, t, N]
+                if mask is not None:
+                    logits = _masked(logits, mask[b, some] if mask.shape[-2] == 1 else mask[b, some, chunk])
+                received[b, some] += logits.softmax(-1)[..., layout.context].sum(-2)
+    return received
+
+
+def _masked(logits: Tensor, mask: Tensor) -> Tensor:
+    if mask.dtype == torch.bool:
+        return logits.masked_fill(~mask, float("-inf"))
+    return logits + mask.to(logits.dtype)
+
+
+def influence(received: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """Token influence of one layer (Eq. 9): the norm of a token's value times the attention it receives.
+
+    received [B, H, C] from `attention_received`, v [B, H, N, D] -> [B, C]. Layers are added up.
+    """
+    norms = torch.linalg.vector_norm(v[:, :, layout.context].to(received.dtype), dim=-1)  # [B, H, C]
+    return (norms * received).sum(1)
+
+
+def target_aware_score(received: Tensor, layout: Layout) -> Tensor:
+    """S_j, the average attention a context token receives (Eq. 3): received [B, H, C] -> [B, C]."""
+    return received.mean(1) / layout.target_tokens
+
+
+def similarity(hidden: Tensor, layout: Layout) -> Tensor:
+    """Table 3's feature similarity: mean cosine between a context token and the target rows, moved to [0, 1].
+
+    hidden [B, N, W], the block's input -> [B, C]
+    """
+    directions = torch.nn.functional.normalize(hidden.float(), dim=-1)
+    mean = directions[:, layout.target].mean(1, keepdim=True)  # [B, 1, W]
+    return (1 + (directions[:, layout.context] @ mean.mT).squeeze(-1)) / 2
+
+
+def random_score(rows: int, tokens: int, generator: torch.Generator) -> Tensor:
+    """The baseline that the paper lacks: all tokens weigh the same, their order is random. -> [rows, tokens]"""
+    return 1 + 1e-6 * torch.rand(rows, tokens, generator=generator, dtype=torch.float64)

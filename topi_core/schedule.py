@@ -1,0 +1,44 @@
+"""Which step a model call belongs to, and which steps are anchors (Eq. 11)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+def step_of(sigma: float, sigmas: Sequence[float]) -> int:
+    """Index i of the step from sigmas[i] to sigmas[i + 1] that a model call at `sigma` belongs to.
+
+    Samplers that call the model inside a step, or at its end, are placed by their sigma, never by counting calls.
+    """
+    if sigmas[0] < sigmas[-1]:  # a reversed schedule adds noise
+        return step_of(-sigma, [-s for s in sigmas])
+    slack = 1e-6 * max(abs(sigmas[0]), abs(sigmas[-1]))
+    reached = sum(s >= sigma - slack for s in sigmas)
+    return min(max(reached - 1, 0), max(len(sigmas) - 2, 0))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The anchors of one run. `high` and `low` bound the sigmas at which tokens may be pruned."""
+
+    sigmas: tuple[float, ...]
+    update_interval: int
+    first_anchor: int = 0
+    high: float = float("inf")
+    low: float = float("-inf")
+
+    def step(self, sigma: float) -> int:
+        return step_of(sigma, self.sigmas)
+
+    def active(self, sigma: float) -> bool:
+        """Whether tokens are scored and pruned at all at this sigma."""
+        return self.low < sigma <= self.high and self.step(sigma) >= self.first_anchor
+
+    def due(self, step: int, last: int | None) -> bool:
+        """Whether an active step must score anew; `last` is the step that was scored last.
+
+        An anchor that was missed, as an outer cache skipped its step, is due until it happens.
+        """
+        newest = step - (step - self.first_anchor) % self.update_interval
+        return last is None or last < newest <= step

@@ -1,0 +1,67 @@
+"""From influence to kept tokens (Eq. 10), and from kept tokens to a shorter sequence (Eq. 12)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Context tokens by descending influence, and how many of them each row keeps."""
+
+    order: Tensor  # [B, C] indices
+    counts: tuple[int, ...]  # B
+
+    def kept(self, count: int | None = None) -> Tensor:
+        """Indices of the kept tokens, ascending: [B, K].
+
+        Rows that keep fewer than `count` (by default the largest of `counts`) are filled up by influence.
+        """
+        count = max(self.counts) if count is None else count
+        return self.order[:, :count].sort(dim=1).values
+
+    def mask(self) -> Tensor:
+        """[B, C], True where a row keeps the token itself, without filling up."""
+        place = self.order.argsort(dim=1)
+        return place < torch.tensor(self.counts, device=place.device)[:, None]
+
+
+def select(influence: Tensor, tau: float, min_keep: float = 0.0, max_keep: float = 1.0) -> Selection:
+    """Smallest set of context tokens that holds the share `tau` of the influence (Eq. 10).
+
+    influence [B, C], not negative. Ties keep the order of the sequence. `min_keep` and `max_keep` bound the kept
+    fraction. tau = 1 keeps every token, also those without influence.
+    """
+    sorted_, order = influence.double().sort(dim=1, descending=True, stable=True)
+    tokens = influence.shape[1]
+    if tau >= 1:
+        counts = torch.full((influence.shape[0],), tokens)
+    else:
+        held = sorted_.cumsum(1)  # [B, C]
+        goal = tau * held[:, -1:]
+        short = ~(held >= goal)  # a NaN anywhere keeps everything
+        counts = (short.sum(1) + (~(goal <= 0)).squeeze(1)).clamp(max=tokens)
+    low = math.ceil(min_keep * tokens)
+    high = max(low, math.floor(max_keep * tokens))
+    return Selection(order, tuple(counts.clamp(low, high).tolist()))
+
+
+def realign(x: Tensor, start: int, kept: Tensor, dim: int = 1) -> Tensor:
+    """Drops the context tokens that are not kept (Eq. 12); hidden rows, positions and masks alike.
+
+    x [B or 1, ..., N, ...] with the context from `start` on along `dim`; kept [B, K], ascending
+    -> [B, ..., start + K, ...]
+    """
+    rows, count = kept.shape
+    head, context = x.narrow(dim, 0, start), x.narrow(dim, start, x.shape[dim] - start)
+    if rows == 1:
+        return torch.cat((head, context.index_select(dim, kept[0])), dim)
+    shape = [rows, *x.shape[1:]]
+    context = context.expand(*shape[:dim], -1, *shape[dim + 1 :])
+    index = kept.view(rows, *[1] * (dim - 1), count, *[1] * (x.ndim - dim - 1))
+    index = index.expand(*shape[:dim], count, *shape[dim + 1 :])
+    return torch.cat((head.expand(*shape[:dim], -1, *shape[dim + 1 :]), context.gather(dim, index)), dim)
