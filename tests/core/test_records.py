@@ -1,0 +1,114 @@
+"""Layout, settings, profiles and the trace."""
+
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
+import pytest
+import torch
+
+from topi_core import profiles
+from topi_core.config import Settings, parse_layers
+from topi_core.layout import Layout
+from topi_core.trace import Anchor, Bits, Run, Step, Trace
+
+GOOD = dict(depth=57, layers=(13, 18, 31), front_layers=10)
+
+
+def test_the_core_needs_no_comfyui():
+    code = "import topi_core, pkgutil, importlib, sys\n" \
+        "[importlib.import_module(m.name) for m in pkgutil.walk_packages(topi_core.__path__, 'topi_core.')]\n" \
+        "print([m for m in sys.modules if m.split('.')[0] in ('comfy', 'comfy_api', 'nodes', 'folder_paths')])"
+    root = Path(__file__).parents[2]
+    out = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
+
+
+def test_layout_slices_follow_one_another():
+    layout = Layout(5, (2, 3), ((4, 1), (2, 2)))
+    assert (layout.target, layout.context) == (slice(5, 11), slice(11, 19))
+    assert layout.references == (slice(11, 15), slice(15, 19))
+    assert layout.tokens == 19 and layout.context_tokens == 8
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        (dict(tau=1.3), r"tau must be in \[0, 1\], got 1.3"),
+        (dict(tau=float("nan")), "tau must be in"),
+        (dict(update_interval=0), r"update_interval must be in \[1, 1000\], got 0"),
+        (dict(layers=()), "at least one layer"),
+        (dict(layers=(3, 57)), r"layers must be in \[0, 56\] for this model, got 57"),
+        (dict(front_layers=57), r"front_layers must be in \[0, 56\]"),
+        (dict(min_keep=0.6, max_keep=0.5), "min_keep must not be above max_keep, got 0.6 and 0.5"),
+        (dict(start_percent=0.6, end_percent=0.5), "start_percent must not be above"),
+        (dict(metric="magic"), "metric must be one of influence, attention, similarity, random, got 'magic'"),
+        (dict(mode="merge"), "mode must be one of prune, got 'merge'"),
+    ],
+)
+def test_settings_refuse_what_is_wrong(wrong, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Settings(**GOOD | wrong)
+
+
+def test_settings_cannot_be_changed():
+    with pytest.raises(FrozenInstanceError):
+        Settings(**GOOD).tau = 0.5
+
+
+def test_parse_layers():
+    assert parse_layers(" 13, 18,31 ") == (13, 18, 31)
+    with pytest.raises(ValueError, match="got 'a,b'"):
+        parse_layers("a,b")
+
+
+def test_published_profiles():
+    kontext, guess = profiles.automatic("flux1", 57)
+    assert (kontext.layers, kontext.front_layers, guess) == ((13, 18, 31), 10, False)
+    qwen, guess = profiles.automatic("qwen_image", 60)
+    assert (qwen.layers, qwen.front_layers, guess) == ((35, 37, 42), 10, False)
+
+
+def test_other_depths_are_a_guess_at_the_same_relative_depth():
+    profile, guess = profiles.automatic("flux1", 12)
+    assert guess and profile.layers == (2, 3, 6) and profile.front_layers == 2
+    assert profiles.automatic("flux2", 57)[1]
+    for depth in range(1, 80):
+        profile, _ = profiles.automatic("qwen_image", depth)
+        Settings(depth=depth, layers=profile.layers, front_layers=profile.front_layers)
+
+
+def test_named_profiles():
+    assert profiles.named("flux1-kontext", "flux1", 57).depth == 57
+    with pytest.raises(ValueError, match="no profile 'none'; there are: auto, flux1-kontext, qwen-image-edit"):
+        profiles.named("none", "flux1", 57)
+    with pytest.raises(ValueError, match="is for flux1 with 57 layers, this model is flux1 with 12"):
+        profiles.named("flux1-kontext", "flux1", 12)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 13), (3, 64)])
+def test_bits_come_back(shape):
+    mask = torch.rand(shape) > 0.5
+    bits = Bits.of(mask)
+    assert torch.equal(bits.unpack(), mask)
+    assert bits.packed.numel() == -(-mask.numel() // 8)
+
+
+def test_trace_forgets_the_oldest_runs():
+    trace = Trace(capacity=2)
+    for depth in (1, 2, 3):
+        trace.runs.append(Run("flux1", depth, (0,), 0))
+    assert [run.depth for run in trace.runs] == [2, 3]
+
+
+def test_summary_names_what_was_kept_and_what_a_step_took():
+    layout = Layout(1, (1, 2), ((1, 4),))
+    run = Run("flux1", 8, (1,), 0)
+    assert run.summary() == "no reference tokens were pruned in 0 steps"
+    run.anchors.append(Anchor(0, 1.0, layout, Bits.of(torch.tensor([[True, False, False, False]]))))
+    kinds = [("anchor", 9.0), ("pruned", 1.0), ("anchor", 2.0), ("pruned", 1.0)]
+    run.steps = [Step(i, 1 - i / 4, kind, 7, seconds) for i, (kind, seconds) in enumerate(kinds)]
+    assert run.summary() == (
+        "kept 25% of 4 reference tokens at 1 anchors; a full step took 2.000 s, a pruned one 1.000 s"
+    )
