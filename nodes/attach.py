@@ -10,6 +10,7 @@ import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import comfy.model_patcher
@@ -21,8 +22,9 @@ from torch import Tensor
 from ..topi_core.config import Settings
 from ..topi_core.layout import Layout
 from ..topi_core.select import realign
-from ..topi_core.trace import Run, Trace
+from ..topi_core.trace import Anchor, Run, Trace
 from .families.family import Block, Family
+from .picture import picture
 from .run import Call, RunState
 
 KEY = "topi"
@@ -32,10 +34,16 @@ Change = Callable[[dict], dict]
 """Takes a block's arguments and returns those it shall get; never changes the dict it was given."""
 
 
-def attach(model: ModelPatcher, family: Family, settings: Settings, trace: Trace) -> ModelPatcher:
-    """A clone of the model that prunes by these settings and appends its runs to the trace."""
+def attach(
+    model: ModelPatcher,
+    family: Family,
+    settings: Settings,
+    trace: Trace,
+    on_anchor: Callable[[Run, Anchor], None] | None = None,
+) -> ModelPatcher:
+    """A clone of the model that prunes by these settings, appends its runs to the trace and tells of each anchor."""
     patched = model.clone()
-    patch = Patch(family, settings, trace)
+    patch = Patch(family, settings, trace, on_anchor)
     for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, patch.sample), (WrappersMP.DIFFUSION_MODEL, patch.call)):
         patched.remove_wrappers_with_key(kind, KEY)  # of two ToPi Patch nodes in a row, the last one counts
         patched.add_wrapper_with_key(kind, KEY, wrapper)
@@ -49,35 +57,43 @@ class Patch:
     family: Family
     settings: Settings
     trace: Trace
+    on_anchor: Callable[[Run, Anchor], None] | None = None
     warned: set[str] = field(default_factory=set)
 
     def sample(self, executor, *args, **kwargs):
         """OUTER_SAMPLE: one run's lifetime (`CFGGuider.outer_sample`)."""
         guider = executor.class_obj
+        arguments = inspect.signature(executor.original).bind(*args, **kwargs).arguments
         _refuse_compiled(guider.model_patcher, guider.model_options)
         if "multigpu_clones" in guider.model_options:
-            raise RuntimeError("ToPi cannot prune a model that is sampled on several GPUs at once; remove one of the two")
-        sampling = guider.model_patcher.get_model_object("model_sampling")
-        s = self.settings
-        window = (sampling.percent_to_sigma(s.start_percent), sampling.percent_to_sigma(s.end_percent))
-        low = float("-inf") if s.end_percent == 1 else window[1]
-        record = Run(self.family.name, s.depth, s.layers, s.front_layers)
-        arguments = inspect.signature(executor.original).bind(*args, **kwargs).arguments
-        state = RunState(s, record, (window[0], low), arguments.get("seed") or 0)
-        self.trace.runs.append(record)
+            raise RuntimeError(
+                "ToPi cannot prune a model that is sampled on several GPUs at once; remove one of the two"
+            )
+        state = self._state(guider.model_patcher, arguments.get("seed") or 0)
+        self.trace.runs.append(state.record)
 
         original = guider.model_options
         guider.model_options = comfy.model_patcher.create_model_options_clone(original)
         guider.model_options.setdefault("transformer_options", {})[KEY] = state
-        finished = False
         try:
             result = executor(*args, **kwargs)
-            finished = True
+            state.record.finish(result)
             return result
         finally:
             guider.model_options = original
-            state.close(finished)
-            log.info("ToPi: %s", record.summary())
+            state.close()
+            log.info("ToPi: %s", state.record.summary())
+
+    def _state(self, patcher: ModelPatcher, seed: int) -> RunState:
+        s = self.settings
+        latent_format = patcher.get_model_object("latent_format")
+        network = patcher.get_model_object("diffusion_model")
+        record = Run(self.family.name, s.depth, s.layers, s.front_layers, network.patch_size,
+                     latent_format.spacial_downscale_ratio)  # fmt: skip
+        sampling = patcher.get_model_object("model_sampling")
+        high = sampling.percent_to_sigma(s.start_percent)
+        low = float("-inf") if s.end_percent == 1 else sampling.percent_to_sigma(s.end_percent)
+        return RunState(s, record, (high, low), seed, partial(picture, latent_format=latent_format), self.on_anchor)
 
     def call(self, executor, *args, **kwargs):
         """DIFFUSION_MODEL: one call of the network."""

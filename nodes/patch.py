@@ -30,7 +30,7 @@ class ToPiPatch(io.ComfyNode):
             description="Drops the reference tokens that the model does not look at: the same edit, sooner.",
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="A FLUX.1 Kontext, FLUX.2 or Qwen-Image-Edit model, straight from its loader or LoRA."
+                    "model", tooltip="A FLUX.1 Kontext, FLUX.2 or Qwen-Image-Edit model, from its loader or LoRA."
                 ),
                 io.Float.Input(
                     "tau", default=0.85, min=0.0, max=1.0, step=0.01,
@@ -48,11 +48,11 @@ class ToPiPatch(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "profile", options=["auto", *profiles.shipped()], default="auto",
-                    tooltip="Which layers are asked what the model looks at. auto picks by the model's family and depth.",
+                    tooltip="Which layers tell what the model looks at. auto picks by the model's family and depth.",
                 ),
                 io.String.Input(
                     "layers", default="", advanced=True,
-                    tooltip='Representative layers, e.g. "13,18,31", counted over the whole stack. Empty: the profile\'s.',
+                    tooltip='Representative layers, e.g. "13,18,31", in the whole stack. Empty: the profile\'s.',
                 ),
                 io.Int.Input(
                     "front_layers", default=-1, min=-1, max=200, advanced=True,
@@ -72,7 +72,7 @@ class ToPiPatch(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "min_keep", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True,
-                    tooltip="Keep at least this fraction of the tokens. Equal to max_keep: a fixed ratio, whatever tau.",
+                    tooltip="Keep at least this fraction of the tokens. Equal to max_keep: a fixed ratio.",
                 ),
                 io.Float.Input(
                     "max_keep", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True,
@@ -102,8 +102,8 @@ class ToPiPatch(io.ComfyNode):
             chosen, guess = profiles.automatic(family.name, depth)
             if guess and not (layers and front_layers >= 0):
                 log.warning(
-                    "ToPi: no layers are known for %s with %d layers; those of %s at the same relative depth are a guess: "
-                    "layers %s, front_layers %d", family.label, depth, chosen.name, chosen.layers, chosen.front_layers
+                    "ToPi: no layers are known for %s with %d layers; those of %s at the same relative depth are a "
+                    "guess: layers %s, front_layers %d", family.label, depth, chosen.name, chosen.layers, chosen.front_layers
                 )  # fmt: skip
         else:
             chosen = profiles.named(profile, family.name, depth)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +14,7 @@ from ..topi_core.influence import attention_received, influence, random_score, s
 from ..topi_core.layout import Layout
 from ..topi_core.schedule import Schedule
 from ..topi_core.select import Selection, select
-from ..topi_core.trace import Anchor, Bits, Kind, Run, Step
+from ..topi_core.trace import Anchor, Bits, Kind, Reference, Run, Step
 
 
 @dataclass
@@ -22,12 +23,15 @@ class Group:
 
     references: list[Tensor]  # one [images, channels, ...] a reference
     layout: Layout
+    pictures: tuple[Reference, ...]
     scores: Tensor | None = None  # [images, C], of the newest anchor step
     scored: tuple[int, float] | None = None  # its step and sigma
     selection: Selection | None = None
 
     def same(self, references: list[Tensor], layout: Layout) -> bool:
-        return self.layout == layout and all(torch.equal(a, b) for a, b in zip(self.references, references, strict=True))
+        return self.layout == layout and all(
+            torch.equal(a, b) for a, b in zip(self.references, references, strict=True)
+        )
 
     def add(self, scores: Tensor, step: int, sigma: float) -> None:
         """Adds the influence of one call; the first call of a new anchor step starts afresh."""
@@ -74,10 +78,21 @@ class OpenStep:
 class RunState:
     """Made when a sampling run starts, gone when it ends."""
 
-    def __init__(self, settings: Settings, record: Run, window: tuple[float, float], seed: int):
+    def __init__(
+        self,
+        settings: Settings,
+        record: Run,
+        window: tuple[float, float],
+        seed: int,
+        picture: Callable[[Tensor], Tensor | None],
+        on_anchor: Callable[[Run, Anchor], None] | None = None,
+    ):
+        """window: highest and lowest sigma at which tokens are pruned; picture: latent [B, ...] -> uint8 RGB."""
         self.settings = settings
         self.record = record
         self.window = window
+        self.picture = picture
+        self.on_anchor = on_anchor
         self.generator = torch.Generator().manual_seed(seed)
         self.schedule: Schedule | None = None
         self.groups: list[Group] = []
@@ -117,7 +132,7 @@ class RunState:
                 own = [reference[i * images : (i + 1) * images] for reference in references]
                 group = next((g for g in self.groups if g.same(own, layout)), None)
                 if group is None:
-                    group = Group(own, layout)
+                    group = Group(own, layout, tuple(Reference(r.shape[-2:], self.picture(r)) for r in own))
                     self.groups.append(group)
                 self.group_of_cond[cond] = group
             groups.append(group)
@@ -148,8 +163,11 @@ class RunState:
         s = self.settings
         group.selection = select(group.scores.cpu(), s.tau, s.min_keep, s.max_keep)
         step, sigma = group.scored
-        self.record.anchors.append(Anchor(step, sigma, group.layout, Bits.of(group.selection.mask())))
+        anchor = Anchor(step, sigma, group.layout, group.pictures, Bits.of(group.selection.mask()))
+        self.record.anchors.append(anchor)
         self.kept.clear()
+        if self.on_anchor is not None:
+            self.on_anchor(self.record, anchor)
 
     def score(self, call: Call, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         """Scores one representative layer from its attention's q, k, v [B, H, N, D] after RoPE."""
@@ -190,9 +208,8 @@ class RunState:
             self.record.steps.append(Step(self.open.index, self.open.sigma, self.open.kind, self.open.tokens, seconds))
             self.open = None
 
-    def close(self, finished: bool) -> None:
+    def close(self) -> None:
         """Completes the record; nothing else outlives the run."""
         self._close_step()
         for group in self.groups:
             self._settle(group)
-        self.record.finished = finished

@@ -16,11 +16,13 @@ def _within(name: str, value: float, low: float, high: float) -> None:
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
-    """"13, 18,31" -> (13, 18, 31)."""
+    """ "13, 18,31" -> (13, 18, 31)."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f"layers must be layer numbers with commas between them, as in '13,18,31', got {text!r}") from None
+        raise ValueError(
+            f"layers must be layer numbers with commas between them, as in '13,18,31', got {text!r}"
+        ) from None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,9 +23,7 @@ class Profile:
     def scaled(self, depth: int) -> Profile:
         """The same places in a stack of another depth: a guess, not a calibration."""
         layers = sorted({layer * depth // self.depth for layer in self.layers})
-        return replace(
-            self, depth=depth, layers=tuple(layers), front_layers=self.front_layers * depth // self.depth
-        )
+        return replace(self, depth=depth, layers=tuple(layers), front_layers=self.front_layers * depth // self.depth)
 
 
 def shipped() -> dict[str, Profile]:

@@ -34,12 +34,21 @@ class Bits:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """What a reference was: the size of its latent in cells, and a picture of it as large as that."""
+
+    size: tuple[int, int]  # height, width
+    picture: Tensor | None  # uint8 [images, height, width, 3]; None where the model has no latent-to-RGB factors
+
+
+@dataclass(frozen=True)
 class Anchor:
     """What one set of references kept from an anchor step on."""
 
     step: int
     sigma: float
     layout: Layout
+    references: tuple[Reference, ...]
     bits: Bits
 
     @property
@@ -68,15 +77,26 @@ class Step:
 
 @dataclass
 class Run:
-    """One sampling run, filled while it goes on."""
+    """One sampling run, filled while it goes on.
+
+    A token covers `patch` x `patch` cells of a latent, a cell `cell_pixels` x `cell_pixels` pixels of its image.
+    """
 
     family: str
     depth: int
     layers: tuple[int, ...]
     front_layers: int
+    patch: int = 1
+    cell_pixels: int = 8
     anchors: list[Anchor] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     finished: bool = False
+    shape: tuple[int, ...] = ()
+    marks: Tensor | None = None
+
+    def finish(self, latent: Tensor) -> None:
+        """Remembers what the run made by a few of its values, so that `Trace.find` knows it again."""
+        self.shape, self.marks, self.finished = tuple(latent.shape), _marks(latent), True
 
     def seconds(self, kinds: Iterable[Kind]) -> list[float]:
         """Times of the steps of these kinds; the run's first step is left out, it pays for loading."""
@@ -88,7 +108,7 @@ class Run:
             return f"no reference tokens were pruned in {len(self.steps)} steps"
         shares = ", ".join(f"{anchor.share:.0%}" for anchor in self.anchors)
         tokens = self.anchors[0].layout.context_tokens
-        text = f"kept {shares} of {tokens} reference tokens at {len(self.anchors)} anchors"
+        text = f"kept {shares} of {tokens} reference tokens at {len(self.anchors)} anchor{'s'[: len(self.anchors) > 1]}"
         full, pruned = self.seconds(("full", "anchor")), self.seconds(("pruned",))
         if full and pruned:
             text += f"; a full step took {_mean(full):.3f} s, a pruned one {_mean(pruned):.3f} s"
@@ -99,8 +119,35 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
+def _marks(latent: Tensor) -> Tensor:
+    """At most 256 values, evenly spread."""
+    flat = latent.detach().flatten()
+    return flat[:: -(-len(flat) // 256)].float().cpu()
+
+
 class Trace:
     """The last runs of one patched model, newest last; older ones are forgotten."""
 
-    def __init__(self, capacity: int = 16):
+    def __init__(self, capacity: int = 128):
         self.runs: deque[Run] = deque(maxlen=capacity)
+
+    def find(self, latent: Tensor) -> Run:
+        """The run that made this latent; the newest, where several made the same.
+
+        Raises ValueError where the trace holds no finished run, or none of them made it.
+        """
+        finished = [run for run in self.runs if run.finished]
+        if not finished:
+            raise ValueError("this trace holds no run: sample with the model of the same ToPi Patch first")
+        marks = _marks(latent)
+        near = [
+            ((run.marks - marks).abs().max().item(), -i, run)
+            for i, run in enumerate(finished)
+            if run.shape == tuple(latent.shape)
+        ]
+        if not near or min(near)[0] > 1e-3 * (1 + marks.abs().max().item()):
+            raise ValueError(
+                f"none of the {len(finished)} runs in this trace made this latent of shape {tuple(latent.shape)}: "
+                "connect the output of the sampler that the same ToPi Patch feeds"
+            )
+        return min(near)[2]

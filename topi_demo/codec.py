@@ -26,11 +26,15 @@ STD = (4.625, 0.702, 0.702, 0.361, 0.322, 0.322, 0.200, 0.200, 2.849, 0.520, 0.5
 def _basis() -> Tensor:
     """[16, 3, 8, 8]: each channel's DCT basis function, in orthonormal luma and chroma axes of RGB."""
     grid = torch.arange(BLOCK) + 0.5
-    waves = torch.stack([torch.cos(math.pi * k * grid / BLOCK) * math.sqrt((1 if k == 0 else 2) / BLOCK) for k in range(BLOCK)])
+    waves = torch.stack(
+        [torch.cos(math.pi * k * grid / BLOCK) * math.sqrt((1 if k == 0 else 2) / BLOCK) for k in range(BLOCK)]
+    )
     axes = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 2.0, -1.0]])
     axes = axes / axes.norm(dim=1, keepdim=True)
     planes = [(axes[0], LUMA), (axes[1], CHROMA), (axes[2], CHROMA)]
-    return torch.stack([axis[:, None, None] * waves[v][:, None] * waves[u][None, :] for axis, modes in planes for v, u in modes])
+    return torch.stack(
+        [axis[:, None, None] * waves[v][:, None] * waves[u][None, :] for axis, modes in planes for v, u in modes]
+    )
 
 
 def encode(image: Tensor) -> Tensor:

@@ -23,8 +23,13 @@ MOVE = 0.25
 SHIFT = 0.125
 ZOOM = 1.5
 
-_SLOTS = {"shape": SHAPES, "other": SHAPES, "colour": tuple(COLOURS), "ground": tuple(BACKGROUNDS),
-          "direction": tuple(DIRECTIONS)}
+_SLOTS = {
+    "shape": SHAPES,
+    "other": SHAPES,
+    "colour": tuple(COLOURS),
+    "ground": tuple(BACKGROUNDS),
+    "direction": tuple(DIRECTIONS),
+}
 
 # kind -> (group of the paper's benchmark, sentence)
 GRAMMAR: dict[str, tuple[str, str]] = {

@@ -16,11 +16,13 @@ LENGTH = 18
 WIDTH = 128
 
 _EXTRA = ("a", "an", "and", "on", "striped", "background")
-VOCABULARY: tuple[str, ...] = tuple(sorted(
-    {word for _, sentence in GRAMMAR.values() for word in re.sub(r"\{\w+\}", "", sentence).split()}
-    | {word for words in _SLOTS.values() for word in words}
-    | set(_EXTRA)
-))
+VOCABULARY: tuple[str, ...] = tuple(
+    sorted(
+        {word for _, sentence in GRAMMAR.values() for word in re.sub(r"\{\w+\}", "", sentence).split()}
+        | {word for words in _SLOTS.values() for word in words}
+        | set(_EXTRA)
+    )
+)
 _INDEX = {word: i + 1 for i, word in enumerate(VOCABULARY)}  # 0 is the padding
 
 

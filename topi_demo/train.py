@@ -215,7 +215,11 @@ def main() -> None:
             raise RuntimeError(f"the loss is not finite at step {step}")
         if step % 50 == 0:
             by_kind = {n: [v for k, v in recent if k == n] for n in (0, 1, 2, 3)}
-            row = {"step": step, "hours": round(spent / 3600, 4), "loss": round(sum(v for _, v in recent) / len(recent), 5)}
+            row = {
+                "step": step,
+                "hours": round(spent / 3600, 4),
+                "loss": round(sum(v for _, v in recent) / len(recent), 5),
+            }
             row |= {f"loss_{n}_references": round(sum(v) / len(v), 5) for n, v in by_kind.items() if v}
             with log.open("a") as file:
                 file.write(json.dumps(row) + "\n")

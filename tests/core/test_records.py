@@ -17,9 +17,11 @@ GOOD = dict(depth=57, layers=(13, 18, 31), front_layers=10)
 
 
 def test_the_core_needs_no_comfyui():
-    code = "import topi_core, pkgutil, importlib, sys\n" \
-        "[importlib.import_module(m.name) for m in pkgutil.walk_packages(topi_core.__path__, 'topi_core.')]\n" \
+    code = (
+        "import topi_core, pkgutil, importlib, sys\n"
+        "[importlib.import_module(m.name) for m in pkgutil.walk_packages(topi_core.__path__, 'topi_core.')]\n"
         "print([m for m in sys.modules if m.split('.')[0] in ('comfy', 'comfy_api', 'nodes', 'folder_paths')])"
+    )
     root = Path(__file__).parents[2]
     out = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
@@ -106,9 +108,35 @@ def test_summary_names_what_was_kept_and_what_a_step_took():
     layout = Layout(1, (1, 2), ((1, 4),))
     run = Run("flux1", 8, (1,), 0)
     assert run.summary() == "no reference tokens were pruned in 0 steps"
-    run.anchors.append(Anchor(0, 1.0, layout, Bits.of(torch.tensor([[True, False, False, False]]))))
+    run.anchors.append(Anchor(0, 1.0, layout, (), Bits.of(torch.tensor([[True, False, False, False]]))))
     kinds = [("anchor", 9.0), ("pruned", 1.0), ("anchor", 2.0), ("pruned", 1.0)]
     run.steps = [Step(i, 1 - i / 4, kind, 7, seconds) for i, (kind, seconds) in enumerate(kinds)]
     assert run.summary() == (
-        "kept 25% of 4 reference tokens at 1 anchors; a full step took 2.000 s, a pruned one 1.000 s"
+        "kept 25% of 4 reference tokens at 1 anchor; a full step took 2.000 s, a pruned one 1.000 s"
     )
+
+
+def finished(latent, depth=1):
+    run = Run("flux1", depth, (0,), 0)
+    run.finish(latent)
+    return run
+
+
+def test_trace_finds_the_run_that_made_a_latent():
+    trace, latents = Trace(), torch.randn(3, 1, 16, 24, 24)
+    trace.runs.extend(finished(latent, depth) for depth, latent in enumerate(latents))
+    trace.runs.append(Run("flux1", 9, (0,), 0))  # still going on
+    assert [trace.find(latent).depth for latent in latents] == [0, 1, 2]
+    assert trace.find(latents[1].half()).depth == 1  # an output kept in a smaller dtype
+    trace.runs.append(finished(latents[0], 5))
+    assert trace.find(latents[0]).depth == 5
+
+
+def test_trace_refuses_a_latent_that_it_did_not_make():
+    trace = Trace()
+    with pytest.raises(ValueError, match="this trace holds no run"):
+        trace.find(torch.zeros(1, 16, 8, 8))
+    trace.runs.append(finished(torch.randn(1, 16, 8, 8)))
+    for other in (torch.zeros(1, 16, 8, 8), torch.zeros(1, 16, 8, 9)):
+        with pytest.raises(ValueError, match="none of the 1 runs in this trace made this latent"):
+            trace.find(other)

@@ -6,7 +6,8 @@ SIGMAS = (1.0, 0.9, 0.7, 0.4, 0.1, 0.0)
 
 
 @pytest.mark.parametrize(
-    ("sigma", "step"), [(1.0, 0), (0.95, 0), (0.9, 1), (0.7000000001, 2), (0.5, 2), (0.1, 4), (0.05, 4), (0.0, 4), (2.0, 0)]
+    ("sigma", "step"),
+    [(1.0, 0), (0.95, 0), (0.9, 1), (0.7000000001, 2), (0.5, 2), (0.1, 4), (0.05, 4), (0.0, 4), (2.0, 0)],
 )
 def test_step_is_the_position_of_sigma(sigma, step):
     assert step_of(sigma, SIGMAS) == step

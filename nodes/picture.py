@@ -1,0 +1,24 @@
+"""A latent as a small picture, by the model's own latent-to-RGB factors."""
+
+from __future__ import annotations
+
+import numpy
+import torch
+from latent_preview import Latent2RGBPreviewer
+from torch import Tensor
+
+
+def picture(latent: Tensor, latent_format) -> Tensor | None:
+    """latent [images, channels, (frames,) h, w] as the network sees it -> uint8 [images, h', w', 3], on the CPU.
+
+    latent_format: a `comfy.latent_formats.LatentFormat`; None where it has no factors.
+    """
+    if latent_format.latent_rgb_factors is None:
+        return None
+    previewer = Latent2RGBPreviewer(
+        latent_format.latent_rgb_factors,
+        latent_format.latent_rgb_factors_bias,
+        latent_format.latent_rgb_factors_reshape,
+    )
+    rows = [previewer.decode_latent_to_preview(latent[i : i + 1]) for i in range(latent.shape[0])]
+    return torch.stack([torch.from_numpy(numpy.array(row)) for row in rows])
