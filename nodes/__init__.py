@@ -4,9 +4,11 @@ from comfy_api.latest import ComfyExtension, io
 
 from .demo_model import ToPiDemoModel
 from .demo_scene import ToPiDemoScene
+from .mask_preview import ToPiMaskPreview
 from .patch import ToPiPatch
+from .report import ToPiReport
 
 
 class ToPiExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [ToPiPatch, ToPiDemoModel, ToPiDemoScene]
+        return [ToPiPatch, ToPiMaskPreview, ToPiReport, ToPiDemoModel, ToPiDemoScene]
