@@ -88,8 +88,16 @@ class Patch:
         s = self.settings
         latent_format = patcher.get_model_object("latent_format")
         network = patcher.get_model_object("diffusion_model")
-        record = Run(self.family.name, s.depth, s.layers, s.front_layers, network.patch_size,
-                     latent_format.spacial_downscale_ratio)  # fmt: skip
+        record = Run(
+            self.family.name,
+            s.depth,
+            s.layers,
+            s.front_layers,
+            patch=network.patch_size,
+            cell_pixels=latent_format.spacial_downscale_ratio,
+            hidden=self.family.hidden(network),
+            linear=self.family.linear,
+        )
         sampling = patcher.get_model_object("model_sampling")
         high = sampling.percent_to_sigma(s.start_percent)
         low = float("-inf") if s.end_percent == 1 else sampling.percent_to_sigma(s.end_percent)

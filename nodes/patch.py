@@ -102,8 +102,9 @@ class ToPiPatch(io.ComfyNode):
             chosen, guess = profiles.automatic(family.name, depth)
             if guess and not (layers and front_layers >= 0):
                 log.warning(
-                    "ToPi: no layers are known for %s with %d layers; those of %s at the same relative depth are a "
-                    "guess: layers %s, front_layers %d", family.label, depth, chosen.name, chosen.layers, chosen.front_layers
+                    "ToPi: no layers are known for %s with %d layers; as a guess it takes those of %s at the same "
+                    "relative depth: layers %s, front_layers %d",
+                    family.label, depth, chosen.name, ",".join(map(str, chosen.layers)), chosen.front_layers,
                 )  # fmt: skip
         else:
             chosen = profiles.named(profile, family.name, depth)

@@ -80,6 +80,7 @@ class Run:
     """One sampling run, filled while it goes on.
 
     A token covers `patch` x `patch` cells of a latent, a cell `cell_pixels` x `cell_pixels` pixels of its image.
+    `hidden` and `linear` are the model's width and its layers' linear operations, as `cost.layer_flops` wants them.
     """
 
     family: str
@@ -88,6 +89,8 @@ class Run:
     front_layers: int
     patch: int = 1
     cell_pixels: int = 8
+    hidden: int = 0
+    linear: int = 24
     anchors: list[Anchor] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     finished: bool = False

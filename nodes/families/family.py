@@ -31,6 +31,9 @@ class Family:
     matches: Callable[[nn.Module], bool]
     blocks: Callable[[nn.Module], Sequence[Block]]
     grid: Callable[[nn.Module, Tensor], Grid]
+    hidden: Callable[[nn.Module], int]
+    linear: int = 24
+    """Linear operations of a layer, in units of tokens x hidden^2 (`topi_core.cost.layer_flops`)."""
 
 
 def padded_grid(latent: Tensor, patch: int) -> Grid:

@@ -24,6 +24,7 @@ FLUX1 = Family(
     matches=lambda network: type(network) is Flux and not network.params.global_modulation,
     blocks=_blocks,
     grid=_grid,
+    hidden=lambda network: network.hidden_size,
 )
 FLUX2 = Family(
     name="flux2",
@@ -31,4 +32,6 @@ FLUX2 = Family(
     matches=lambda network: type(network) is Flux and network.params.global_modulation,
     blocks=_blocks,
     grid=_grid,
+    hidden=lambda network: network.hidden_size,
+    linear=26,  # 8 for the projections, 18 for the gated MLP d -> 2 x 3d, 3d -> d
 )

@@ -21,4 +21,5 @@ QWEN_IMAGE = Family(
     matches=lambda network: type(network) is QwenImageTransformer2DModel,
     blocks=lambda network: [Block("double_block", i) for i in range(len(network.transformer_blocks))],
     grid=_grid,
+    hidden=lambda network: network.inner_dim,
 )

@@ -1,0 +1,32 @@
+import pytest
+import torch
+
+from topi_core.cost import layer_flops, speedup
+from topi_core.layout import Layout
+from topi_core.trace import Anchor, Bits, Run, Step
+
+
+def test_layer_flops_match_table_6_of_the_paper():
+    """The paper's own example: 8192 + 512 tokens at d = 4096, pruned to 6144 + 512, in GFLOPs of one FLUX layer."""
+    assert layer_flops(8704, 4096) / 1e9 == pytest.approx(4745.94, abs=0.01)
+    assert layer_flops(6656, 4096) / 1e9 == pytest.approx(3405.91, abs=0.01)
+    assert layer_flops(8704, 4096, linear=32) / 1e9 == pytest.approx(5914.17, abs=0.01)  # its Qwen, with an MLP of 6 d
+
+
+def run(kinds, tokens=100, kept=60, front=2, depth=10):
+    layout = Layout(10, (5, 8), ((5, 10),))
+    steps = [Step(i, 1.0, kind, kept if kind == "pruned" else tokens, 1.0) for i, kind in enumerate(kinds)]
+    anchors = [Anchor(0, 1.0, layout, (), Bits.of(torch.ones(1, 50)))]
+    return Run("flux1", depth, (3,), front, hidden=64, anchors=anchors, steps=steps)
+
+
+def test_speedup_counts_front_layers_and_anchors_in_full():
+    full, pruned = layer_flops(100, 64), layer_flops(60, 64)
+    expected = 20 * full / (10 * full + 2 * full + 8 * pruned)
+    assert speedup(run(["anchor", "pruned"])) == pytest.approx(expected)
+    assert speedup(run(["anchor", "pruned", "skipped"])) == pytest.approx(expected)
+    assert speedup(run(["full", "anchor"])) == 1.0
+
+
+def test_a_run_without_anchors_saves_nothing():
+    assert speedup(Run("flux1", 10, (3,), 2)) == 1.0
