@@ -217,7 +217,7 @@ def test_no_network(repository):
     with socket.socket() as closed:  # bound and not listening: every connection is refused
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/simple"
-        sentence = refusal(run(repository, PIP_INDEX_URL=url, PIP_RETRIES=1, NO_PROXY="127.0.0.1"))
+        sentence = refusal(run(repository, PIP_INDEX_URL=url, PIP_RETRIES=1, no_proxy="127.0.0.1"))
     assert "check the network" in sentence
 
 
