@@ -77,12 +77,11 @@ class Patch:
         guider.model_options.setdefault("transformer_options", {})[KEY] = state
         try:
             result = executor(*args, **kwargs)
-            state.record.finish(result)
-            return result
         finally:
             guider.model_options = original
-            state.close()
-            log.info("ToPi: %s", state.record.summary())
+        state.finish(result)
+        log.info("ToPi: %s", state.record.summary())
+        return result
 
     def _state(self, patcher: ModelPatcher, seed: int) -> RunState:
         s = self.settings

@@ -132,7 +132,7 @@ class RunState:
                 own = [reference[i * images : (i + 1) * images] for reference in references]
                 group = next((g for g in self.groups if g.same(own, layout)), None)
                 if group is None:
-                    group = Group(own, layout, tuple(Reference(r.shape[-2:], self.picture(r)) for r in own))
+                    group = Group(own, layout, tuple(Reference(tuple(r.shape[-2:]), self.picture(r)) for r in own))
                     self.groups.append(group)
                 self.group_of_cond[cond] = group
             groups.append(group)
@@ -208,8 +208,9 @@ class RunState:
             self.record.steps.append(Step(self.open.index, self.open.sigma, self.open.kind, self.open.tokens, seconds))
             self.open = None
 
-    def close(self) -> None:
-        """Completes the record; nothing else outlives the run."""
+    def finish(self, latent: Tensor) -> None:
+        """Completes the record of a run that made this latent; nothing else outlives a run."""
         self._close_step()
         for group in self.groups:
             self._settle(group)
+        self.record.finish(latent)

@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import random
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -168,6 +169,8 @@ def main() -> None:
         average.mean = state["mean"]
         for optim, kept in zip(optims, state["optims"], strict=True):
             optim.load_state_dict(kept)
+        rows = log.read_text().splitlines() if log.exists() else []
+        log.write_text("".join(row + "\n" for row in rows if json.loads(row)["step"] <= step))
         print(f"resumed at step {step}, {spent / 3600:.2f} h", flush=True)
 
     def save() -> None:
@@ -192,7 +195,10 @@ def main() -> None:
     stream = batches(args.seed * 1_000_003 + step, args.batch)
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
     total, recent, last = args.hours * 3600, [], time.monotonic()
-    while spent < total:
+    stopping: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: stopping.append(number))
+    while spent < total and not stopping:
         for optim in optims:
             for group in optim.param_groups:
                 group["lr"] = args.lr * rate(spent / total)
@@ -225,11 +231,14 @@ def main() -> None:
                 file.write(json.dumps(row) + "\n")
             print(f"{100 * spent / total:5.1f} %  {row}", flush=True)
             recent = []
-        if step % 500 == 0:
+        if step % 250 == 0:
             save()
             last = time.monotonic()
     save()
-    write()
+    if stopping:
+        print(f"stopped at step {step}; the same command goes on from there", flush=True)
+    else:
+        write()
 
 
 if __name__ == "__main__":
