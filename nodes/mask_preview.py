@@ -33,7 +33,7 @@ class ToPiMaskPreview(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="overlay", tooltip="The reference, kept tokens in gold; a frame an anchor."),
+                io.Image.Output(display_name="overlay", tooltip="Kept tokens in gold, the others dimmed."),
                 io.Mask.Output(display_name="mask", tooltip="1 where the token is kept, one frame an anchor."),
             ],
         )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -38,7 +38,9 @@ class ToPiReport(io.ComfyNode):
     def execute(cls, trace, latent) -> io.NodeOutput:
         run = trace.find(latent["samples"])
         report = table(run)
-        return io.NodeOutput(report, plot(run), ui={"text": (report,), "run": (facts(run),)})
+        picture = plot(run)
+        shown = ui.PreviewImage(picture, cls=cls).as_dict()
+        return io.NodeOutput(report, picture, ui=shown | {"text": (report,), "run": (facts(run),)})
 
 
 def facts(run: Run) -> dict:

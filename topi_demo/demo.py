@@ -1,0 +1,190 @@
+"""Edits images in a real ComfyUI server, with and without ToPi: `make demo`.
+
+Queues `workflows/topi_quickstart_demo.json` over the server's API and puts all results into one picture and a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from topi_core.metrics import psnr, ssim
+
+from . import edits
+from .server import Server, ServerError, running
+from .workflow import ALWAYS, BYPASSED, MUTED, to_prompt
+
+WORKFLOW = Path(__file__).resolve().parent.parent / "workflows" / "topi_quickstart_demo.json"
+EDITS = (
+    (1, "make the star cyan"),
+    (2, "make the background teal"),
+    (3, "move the circle right"),
+    (4, "make it night"),
+    (5, "put the star of the second image into the first"),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One edit, with the full context and with ToPi; images [H, W, 3] in 0..1."""
+
+    instruction: str
+    sources: list[Tensor]
+    full: Tensor
+    pruned: Tensor
+    expected: Tensor
+    kept: list[list[Tensor]]  # by anchor, the references with their kept tokens
+    shares: list[float]  # by anchor
+    full_step: float
+    pruned_step: float
+    full_run: float  # all steps but the first, which pays for loading
+    pruned_run: float
+
+
+def variant(workflow: dict, seed: int, instruction: str, topi: bool, tau: float) -> dict:
+    """The quickstart with this instruction; its modes set as one would on the page."""
+    workflow = copy.deepcopy(workflow)
+    two = edits.parse(instruction).references > 1
+    second = next(group for group in workflow["groups"] if group["title"].startswith("Second reference"))
+    for node in workflow["nodes"]:
+        if two and _inside(node, second):
+            node["mode"] = ALWAYS
+        if node["type"] == "PrimitiveString":
+            node["widgets_values"][0] = instruction
+        elif node["type"] in ("ToPiDemoScene", "KSampler"):
+            node["widgets_values"][0] = seed
+        elif node["type"] == "ToPiPatch":
+            node["widgets_values"][0] = tau
+            node["mode"] = ALWAYS if topi else BYPASSED
+        elif (
+            node["type"].startswith("ToPi")
+            and node["inputs"]
+            and node["inputs"][0]["type"] == "TOPI_TRACE"
+            and not topi
+        ):
+            node["mode"] = MUTED
+    return workflow
+
+
+def _inside(node: dict, group: dict) -> bool:
+    x, y, width, height = group["bounding"]
+    return x <= node["pos"][0] < x + width and y <= node["pos"][1] < y + height
+
+
+def edit(server: Server, nodes: dict, workflow: dict, seed: int, instruction: str, tau: float) -> Outcome:
+    def outputs(result, type_: str, title: str | None = None) -> list[dict]:
+        found = (n for n in workflow["nodes"] if n["type"] == type_ and title in (None, n.get("title")))
+        return [result.outputs[str(n["id"])] for n in found if str(n["id"]) in result.outputs]
+
+    def images(result, *which) -> list[list[Tensor]]:
+        return [[server.image(file) for file in output["images"]] for output in outputs(result, *which)]
+
+    full = server.run(to_prompt(variant(workflow, seed, instruction, False, tau), nodes))
+    pruned = server.run(to_prompt(variant(workflow, seed, instruction, True, tau), nodes))
+    run = outputs(pruned, "ToPiReport")[0]["run"][0]
+    # the time of a step, taken alike for both runs: from the end of the one before, as the server tells it
+    kinds = [step["kind"] for step in run["steps"]][1:]
+    pruned_steps = [s for s, kind in zip(pruned.step_seconds, kinds, strict=True) if kind == "pruned"]
+    return Outcome(
+        instruction=instruction,
+        sources=images(pruned, "PreviewImage", "Reference")[0],
+        full=images(full, "SaveImage")[0][0],
+        pruned=images(pruned, "SaveImage")[0][0],
+        expected=images(pruned, "PreviewImage", "Expected")[0][0],
+        kept=[list(references) for references in zip(*images(pruned, "ToPiMaskPreview"), strict=True)],
+        shares=[anchor["share"] for anchor in run["anchors"]],
+        full_step=statistics.median(full.step_seconds),
+        pruned_step=statistics.median(pruned_steps),
+        full_run=sum(full.step_seconds),
+        pruned_run=sum(pruned.step_seconds),
+    )
+
+
+def table(outcomes: list[Outcome]) -> str:
+    head = ("instruction", "kept", "full step", "pruned step", "speed-up", "whole run",
+            "PSNR to full", "SSIM to full", "PSNR to expected: full", "ToPi")  # fmt: skip
+    rows = [head]
+    for o in outcomes:
+        near = [_pair(psnr, *pair) for pair in ((o.pruned, o.full), (o.full, o.expected), (o.pruned, o.expected))]
+        rows.append((
+            o.instruction, ", ".join(f"{share:.0%}" for share in o.shares),
+            f"{1000 * o.full_step:.0f} ms", f"{1000 * o.pruned_step:.0f} ms", f"{o.full_step / o.pruned_step:.2f}x",
+            f"{o.full_run / o.pruned_run:.2f}x", f"{near[0]:.1f} dB", f"{_pair(ssim, o.pruned, o.full):.3f}",
+            f"{near[1]:.1f} dB", f"{near[2]:.1f} dB",
+        ))  # fmt: skip
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([lines[0], "-|-".join("-" * width for width in widths), *lines[1:]])
+
+
+def _pair(metric, a: Tensor, b: Tensor) -> float:
+    return metric(a.movedim(-1, 0)[None], b.movedim(-1, 0)[None]).item()
+
+
+def picture(outcomes: list[Outcome], side: int = 192, gap: int = 12) -> Image.Image:
+    """One row an edit: sources, full edit, ToPi's edit, what was asked for, kept tokens by anchor."""
+    sources = max(len(o.sources) for o in outcomes)
+    rows = []
+    for o in outcomes:
+        kept = [image for references in o.kept for image in references]
+        rows.append([o.sources + [None] * (sources - len(o.sources)), [o.full], [o.pruned], [o.expected], kept])
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    titles = ("reference", "full context", "ToPi", "expected", "kept tokens, by anchor")
+    font, small = ImageFont.load_default(17), ImageFont.load_default(14)
+    head, foot = 40, 34
+    canvas = Image.new(
+        "RGB", (gap + sum(widths) * (side + gap), head + len(rows) * (side + foot) + gap), (250, 250, 248)
+    )
+    pen, column = ImageDraw.Draw(canvas), 0
+    for i, title in enumerate(titles):
+        pen.text((gap + column * (side + gap), 12), title, (40, 40, 40), font)
+        for j, row in enumerate(rows):
+            for k, image in enumerate(row[i]):
+                if image is not None:
+                    tile = Image.fromarray((image * 255).round().byte().numpy()).resize((side, side), Image.LANCZOS)
+                    canvas.paste(tile, (gap + (column + k) * (side + gap), head + j * (side + foot)))
+        column += widths[i]
+    for j, o in enumerate(outcomes):
+        words = (
+            f"{o.instruction}   ·   kept {', '.join(f'{share:.0%}' for share in o.shares)}   ·   a step "
+            f"{1000 * o.full_step:.0f} ms in full, {1000 * o.pruned_step:.0f} ms pruned   ·   "
+            f"{_pair(psnr, o.pruned, o.full):.1f} dB to the full edit"
+        )
+        pen.text((gap, head + j * (side + foot) + side + 6), words, (90, 90, 90), small)
+    return canvas
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m topi_demo.demo", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("demo_output"), help="folder of the picture and the log")
+    parser.add_argument("--tau", type=float, default=0.85, help="share of influence that ToPi keeps")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    workflow, outcomes = json.loads(WORKFLOW.read_text(encoding="utf-8")), []
+    print("Starting ComfyUI", flush=True)
+    try:
+        with running(args.out / "server.log") as server:
+            nodes = server.object_info()
+            for seed, instruction in EDITS:
+                print(f"Editing: {instruction}", flush=True)
+                outcomes.append(edit(server, nodes, workflow, seed, instruction, args.tau))
+    except (ServerError, FileNotFoundError) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
+    picture(outcomes).save(args.out / "demo.png")
+    text = table(outcomes)
+    (args.out / "demo.txt").write_text(text + "\n", encoding="utf-8")
+    print(f"\n{text}\n\nThe picture is {args.out / 'demo.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
