@@ -1,0 +1,58 @@
+"""A real ComfyUI in this process: its sampler, its nodes, and our pack loaded as it loads any custom node."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from topi_demo.runtime import use_comfyui
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+EXTRA_NODES = ("nodes_easycache.py", "nodes_torch_compile.py", "nodes_custom_sampler.py", "nodes_edit_model.py", "nodes_flux.py")
+
+pytest.register_assert_rewrite("oracle", "runs")
+COMFYUI = use_comfyui()
+
+import comfy.cli_args  # noqa: E402 (use_comfyui makes it importable)
+
+BASE = Path(tempfile.mkdtemp(prefix="topi-comfyui-"))  # models, user, input and output: never those of the installation
+comfy.cli_args.args.base_directory = str(BASE)
+
+
+def pytest_sessionfinish():
+    shutil.rmtree(BASE, ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def comfyui() -> SimpleNamespace:
+    """ComfyUI with the nodes these tests use; the pack is linked into `custom_nodes` under another name."""
+    import folder_paths
+    import nodes
+
+    folder_paths.set_user_directory(str(BASE / "user"))
+    pack = BASE / "custom_nodes" / "in-context.pruning 1"
+    pack.parent.mkdir(parents=True, exist_ok=True)
+    pack.symlink_to(ROOT, target_is_directory=True)
+
+    async def load():
+        for name in EXTRA_NODES:
+            assert await nodes.load_custom_node(str(COMFYUI / "comfy_extras" / name), module_parent="comfy_extras"), name
+        await nodes.load_custom_node(str(pack))
+
+    asyncio.run(load())
+    return SimpleNamespace(nodes=nodes.NODE_CLASS_MAPPINGS, pack=pack, folder=COMFYUI)
+
+
+@pytest.fixture(autouse=True)
+def few_threads():
+    """Small models are slower with many threads, and results do not depend on how many there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, 2))
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,207 @@
+"""ToPi told a second time, in the slowest and plainest way, to compare the pack with.
+
+Nothing is ever gathered: every token stays in the sequence, and the keys of dropped tokens are hidden from all queries.
+The influence (Eq. 9) is computed a head at a time in float64 with a full attention matrix. It shares no code with the pack
+and uses other hooks: one attention override for everything, no block replacement.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from comfy.patcher_extension import WrappersMP
+from runs import difference, kept_sets, kinds, layer_inputs, patch, sample
+from small_models import Family
+from torch import Tensor
+
+HIDDEN = -1e30  # a logit that no softmax sees
+FLOAT_ERROR = 1e-5  # of float32 over a whole run, as a share of the largest value; a dropped token shows at 1e-2
+
+
+@dataclass
+class Selection:
+    """What is known about one set of references."""
+
+    refs: list[Tensor]
+    target: int
+    step: int | None = None  # the anchor that `influence` is from
+    influence: list[Tensor] = field(default_factory=list)  # [C] for each image
+
+
+class Oracle:
+    """A model with ToPi's meaning and none of its savings. `anchors` lists (step, kept tokens of each image)."""
+
+    def __init__(self, family: Family, *, tau: float = 0.85, update_interval: int = 10, first_anchor: int = 0,
+                 layers: Iterable[int] | None = None, front_layers: int | None = None, min_keep: float = 0.0,
+                 max_keep: float = 1.0, start_percent: float = 0.0, end_percent: float = 1.0, metric: str = "influence",
+                 drop: bool = True):
+        self.family = family
+        self.tau, self.interval, self.first = tau, update_interval, first_anchor
+        self.layers = set(layers or family.layers)
+        self.front = family.front_layers if front_layers is None else front_layers
+        self.min_keep, self.max_keep = min_keep, max_keep
+        self.window = start_percent, end_percent
+        self.use_values = {"influence": True, "attention": False}[metric]
+        self.drop = drop
+        self.selections: list[Selection] = []
+        self.calls: list[tuple[int, str, list[int]]] = []  # (step, kind, cond_or_uncond)
+        self.noted: dict[tuple[int, int], list[list[int]]] = {}  # (step, references) -> kept tokens of each image
+
+    def attach(self, model):
+        model = model.clone()
+        options = model.model_options["transformer_options"]
+        self.previous = options.get("optimized_attention_override", lambda func, *args, **kwargs: func(*args, **kwargs))
+        options["optimized_attention_override"] = self.attend
+        model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "oracle", self.call)
+        self.percent_to_sigma = model.get_model_object("model_sampling").percent_to_sigma
+        return model
+
+    @property
+    def anchors(self) -> list[tuple[int, list[list[int]]]]:
+        return sorted((step, kept) for (step, _), kept in self.noted.items())
+
+    def call(self, executor, *args, **kwargs):
+        """Around one forward pass: who is in the batch, and what has to happen to it."""
+        options = next(a for a in args if isinstance(a, dict) and "cond_or_uncond" in a)
+        refs = args[4] if self.family.name == "qwen_image" else args[5]
+        if not refs:
+            self.rows = None
+            return executor(*args, **kwargs)
+        x, context = args[0], args[2]
+        self.text = self.family.text_tokens if self.family.name == "flux2" else context.shape[1]
+        self.target = self.tokens(x)
+        self.context = sum(self.tokens(r) for r in refs)
+        chunks = len(options["cond_or_uncond"])
+        images = x.shape[0] // chunks
+        sigma, sigmas = options["sigmas"].flatten()[0], options["sample_sigmas"]
+        step = min(int((sigmas >= sigma - 1e-6 * sigmas.max()).sum()) - 1, len(sigmas) - 2)
+        self.rows = []  # (selection, image) of each row
+        for chunk in range(chunks):
+            mine = [r[chunk * images : (chunk + 1) * images] for r in refs]
+            self.rows += [(self.find(mine), image) for image in range(images)]
+        kind = self.kind(step, float(sigma))
+        self.kept = None
+        self.record = kind == "anchor"
+        if kind == "anchor":
+            for selection, _ in self.rows:
+                if selection.step != step:
+                    selection.step = step
+                    selection.influence = [torch.zeros(self.context, dtype=torch.float64) for _ in range(images)]
+        elif kind == "pruned" and self.drop:
+            self.kept = self.choose()
+        self.calls.append((step, kind, list(options["cond_or_uncond"])))
+        self.computed = False
+        out = executor(*args, **kwargs)
+        assert self.computed, "attach the oracle after a cache, so that skipped steps never reach it"
+        if kind == "anchor":
+            self.note(step)
+        return out
+
+    def tokens(self, image: Tensor) -> int:
+        height, width = image.shape[-2:]
+        return math.ceil(height / self.family.patch) * math.ceil(width / self.family.patch)
+
+    def find(self, refs: list[Tensor]) -> Selection:
+        """By content; regions of other sizes score apart."""
+        for selection in self.selections:
+            if selection.target == self.target and len(selection.refs) == len(refs) and all(map(_same, selection.refs, refs)):
+                return selection
+        self.selections.append(Selection([r.clone() for r in refs], self.target))
+        return self.selections[-1]
+
+    def kind(self, step: int, sigma: float) -> str:
+        """Eq. 11; an anchor that was never computed is made up for at the next step that is.
+
+        The rows of a call are as long as one another, so all of them keep everything when one has to.
+        """
+        start, end = map(self.percent_to_sigma, self.window)
+        if step < self.first or not end < sigma <= start:
+            return "full"
+        return "anchor" if any(self.due(selection.step, step) for selection, _ in self.rows) else "pruned"
+
+    def due(self, last: int | None, step: int) -> bool:
+        return last is None or step == last or (step - self.first) // self.interval > (last - self.first) // self.interval
+
+    def attend(self, func, q: Tensor, k: Tensor, v: Tensor, heads: int, mask=None, **kwargs):
+        options = kwargs["transformer_options"]
+        layer = options["block_index"] + (self.family.double_blocks if options["block_type"] == "single" else 0)
+        self.computed = True
+        if self.rows is not None:
+            assert k.shape[2] == self.text + self.target + self.context
+            if self.record and layer in self.layers:
+                self.score(q, k, v, mask)
+            if self.kept is not None and layer >= self.front:
+                hide = torch.zeros(k.shape[0], k.shape[2], dtype=q.dtype)
+                hide[:, -self.context :].masked_fill_(~self.kept, HIDDEN)
+                hide = hide[:, None, None]
+                mask = hide if mask is None else hide + _four_axes(mask)
+        return self.previous(func, q, k, v, heads, mask=mask, **kwargs)
+
+    def score(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+        """Eq. 9, one head of one row at a time."""
+        rows = slice(self.text, self.text + self.target)
+        if mask is not None:
+            mask = _four_axes(mask).double().expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+        for row, (selection, image) in enumerate(self.rows):
+            for head in range(q.shape[1]):
+                logits = q[row, head, rows].double() @ k[row, head].double().T / q.shape[-1] ** 0.5
+                if mask is not None:
+                    logits = logits + mask[row, head, rows]
+                received = logits.softmax(-1).sum(0)[-self.context :]
+                length = v[row, head, -self.context :].double().norm(dim=-1)
+                selection.influence[image] += received * (length if self.use_values else 1.0)
+
+    def select(self, influence: Tensor, count: int | None = None) -> list[int]:
+        """Eq. 10 by adding up one token after the other; or the `count` most influential tokens."""
+        order = sorted(range(len(influence)), key=lambda j: -influence[j].item())
+        total, held, wanted = influence.sum().item(), 0.0, 0
+        for j in order:
+            if held >= self.tau * total:
+                break
+            held, wanted = held + influence[j].item(), wanted + 1
+        lowest, highest = math.ceil(self.min_keep * len(order)), math.floor(self.max_keep * len(order))
+        wanted = min(max(wanted, lowest), highest)
+        return sorted(order[: wanted if count is None else count])
+
+    def choose(self) -> Tensor:
+        """Kept tokens of every row of this call [B, C]; rows are filled up to the longest."""
+        influences = [selection.influence[image] for selection, image in self.rows]
+        longest = max(len(self.select(influence)) for influence in influences)
+        kept = torch.zeros(len(self.rows), self.context, dtype=torch.bool)
+        for row, influence in enumerate(influences):
+            kept[row, self.select(influence, longest)] = True
+        return kept
+
+    def note(self, step: int) -> None:
+        for number, selection in enumerate(self.selections):
+            if selection.step == step:
+                self.noted[step, number] = [self.select(influence) for influence in selection.influence]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b)
+
+
+def _four_axes(mask: Tensor) -> Tensor:
+    """[B, heads, queries, keys] of any mask that ComfyUI's attention takes."""
+    if mask.ndim == 2:
+        mask = mask[None]
+    return mask[:, None] if mask.ndim == 3 else mask
+
+
+def compare(family: Family, model, positive: list, negative: list | None = None, *, inputs: dict | None = None,
+            layers: tuple[int, ...] | None = None, **sampling) -> tuple[Tensor, object, Oracle]:
+    """Samples with ToPi Patch and with the oracle: the same tokens are kept at the same steps, and the images agree."""
+    inputs = {"tau": 0.8, "update_interval": 3} | (inputs or {})
+    typed = {"layers": ",".join(map(str, layers))} if layers else {}
+    patched, trace = patch(model, **layer_inputs(family, inputs.get("front_layers")) | inputs | typed)
+    image = sample(patched, positive, negative, **sampling)
+    oracle = Oracle(family, layers=layers, **inputs)
+    expected = sample(oracle.attach(model), positive, negative, **sampling)
+    assert kept_sets(trace) == oracle.anchors
+    assert difference(image, expected) < FLOAT_ERROR
+    assert set(kinds(trace)) <= {"full", "anchor", "pruned"} and "pruned" in kinds(trace)
+    return image, trace, oracle

@@ -1,0 +1,90 @@
+"""Conditionings, sampling and nodes, called the way ComfyUI's own nodes call them."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import comfy.sample
+import node_helpers
+import nodes
+import torch
+from small_models import POOLED_WIDTH, TEXT_WIDTH, Family
+from torch import Tensor
+
+
+def latent(family: Family, height: int = 16, width: int = 16, batch: int = 1, seed: int = 0) -> Tensor:
+    """Random latent; sizes are in pixels of a latent with 8 image pixels each, and shrink with the family's patch."""
+    size = (height * family.patch // 2, width * family.patch // 2)
+    frames = (1,) if family.frames else ()
+    generator = torch.Generator().manual_seed(1000 + seed)
+    return torch.randn(batch, family.channels, *frames, *size, generator=generator)
+
+
+def empty(family: Family, height: int = 16, width: int = 16, batch: int = 1) -> Tensor:
+    return torch.zeros_like(latent(family, height, width, batch))
+
+
+def conditioning(family: Family, refs: list[Tensor] | None = None, method: str | None = None, seed: int = 0,
+                 tokens: int = 6, **values) -> list:
+    """What CLIPTextEncode, ReferenceLatent and FluxKontextMultiReferenceLatentMethod would make of a random prompt."""
+    generator = torch.Generator().manual_seed(2000 + seed)
+    text = torch.randn(1, tokens, TEXT_WIDTH, generator=generator)
+    cond = [[text, {"pooled_output": torch.randn(1, POOLED_WIDTH, generator=generator)}]]
+    for reference in refs or []:
+        cond = node_helpers.conditioning_set_values(cond, {"reference_latents": [reference]}, append=True)
+    if method is not None:
+        values["reference_latents_method"] = method
+    return node_helpers.conditioning_set_values(cond, values)
+
+
+def sample(model, positive: list, negative: list | None = None, *, latent: Tensor, cfg: float = 1.0, steps: int = 4,
+           sampler: str = "euler", scheduler: str = "simple", seed: int = 7, denoise: float = 1.0, callback=None,
+           **others) -> Tensor:
+    """The KSampler node's work."""
+    noise = comfy.sample.prepare_noise(latent, seed)
+    with torch.inference_mode():
+        return comfy.sample.sample(
+            model, noise, steps, cfg, sampler, scheduler, positive, positive if negative is None else negative, latent,
+            denoise=denoise, callback=callback, disable_pbar=True, seed=seed, **others,
+        )
+
+
+def run_node(name: str, **inputs) -> tuple:
+    """Execute a node of ComfyUI's registry, with the defaults of its own schema for what is not given."""
+    node = nodes.NODE_CLASS_MAPPINGS[name]
+    schema = node.GET_SCHEMA()
+    known = {i.id: i.default for i in schema.inputs if getattr(i, "default", None) is not None}
+    unknown = set(inputs) - {i.id for i in schema.inputs}
+    assert not unknown, f"{name} has no input {unknown}"
+    return node.execute(**(known | inputs)).result
+
+
+def patch(model, **inputs) -> tuple:
+    """ToPi Patch -> (model, trace)."""
+    return run_node("ToPiPatch", model=model, **inputs)
+
+
+def layer_inputs(family: Family, front_layers: int | None = None) -> dict:
+    """The representative layers of a small model, as the user types them."""
+    front = family.front_layers if front_layers is None else front_layers
+    return {"layers": ",".join(map(str, family.layers)), "front_layers": front}
+
+
+def last_run(trace):
+    return trace.runs[-1]
+
+
+def kinds(trace) -> list[str]:
+    """What each step of the newest run was."""
+    return [step.kind for step in last_run(trace).steps]
+
+
+def kept_sets(trace) -> list[tuple[int, list[list[int]]]]:
+    """(step, kept tokens of each image), one for each anchor of the newest run and each set of references."""
+    anchors = [(anchor.step, [row.nonzero().flatten().tolist() for row in anchor.kept]) for anchor in last_run(trace).anchors]
+    assert [step for step, _ in anchors] == sorted(step for step, _ in anchors)
+    return sorted(anchors)
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """Largest difference, as a share of the largest value."""
+    return ((a - b).abs().max() / b.abs().max()).item()
