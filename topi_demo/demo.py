@@ -18,7 +18,6 @@ from torch import Tensor
 
 from topi_core.metrics import psnr, ssim
 
-from . import edits
 from .server import Server, ServerError, running
 from .workflow import ALWAYS, BYPASSED, MUTED, to_prompt
 
@@ -52,10 +51,9 @@ class Outcome:
 def variant(workflow: dict, seed: int, instruction: str, topi: bool, tau: float) -> dict:
     """The quickstart with this instruction; its modes set as one would on the page."""
     workflow = copy.deepcopy(workflow)
-    two = edits.parse(instruction).references > 1
     second = next(group for group in workflow["groups"] if group["title"].startswith("Second reference"))
     for node in workflow["nodes"]:
-        if two and _inside(node, second):
+        if "second image" in instruction and _inside(node, second):
             node["mode"] = ALWAYS
         if node["type"] == "PrimitiveString":
             node["widgets_values"][0] = instruction

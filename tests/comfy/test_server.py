@@ -1,0 +1,89 @@
+"""The real server with the pack in a folder of another name, through its API."""
+
+import json
+
+import pytest
+import torch
+
+from topi_demo.demo import WORKFLOW, variant
+from topi_demo.server import ServerError, running
+from topi_demo.workflow import to_prompt
+
+# DESIGN's table: what saved workflows rely on
+PATCH_DEFAULTS = {
+    "tau": 0.85, "update_interval": 10, "mode": "prune", "profile": "auto", "layers": "", "front_layers": -1,
+    "first_anchor": 0, "start_percent": 0.0, "end_percent": 1.0, "min_keep": 0.0, "max_keep": 1.0,
+    "metric": "influence",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with running(tmp_path_factory.mktemp("server") / "log.txt", name="my nodes.2") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def object_info(server):
+    return server.object_info()
+
+
+@pytest.fixture
+def queue(server, object_info):
+    """Queue the quickstart -> the edited image [H, W, 3] and the outputs by node type."""
+
+    def queue(instruction, seed=1, topi=True, tau=0.85, steps=3):
+        workflow = variant(json.loads(WORKFLOW.read_text(encoding="utf-8")), seed, instruction, topi, tau)
+        prompt = to_prompt(workflow, object_info)
+        for node in prompt.values():
+            if node["class_type"] == "KSampler":
+                node["inputs"]["steps"] = steps
+        outputs = {prompt[node]["class_type"]: output for node, output in server.run(prompt).outputs.items()}
+        return server.image(outputs["SaveImage"]["images"][0]), outputs
+
+    return queue
+
+
+def test_nodes_and_their_inputs(object_info):
+    ours = {name: node for name, node in object_info.items() if name.startswith("ToPi")}
+    assert {"ToPiPatch", "ToPiMaskPreview", "ToPiReport", "ToPiDemoModel", "ToPiDemoScene"} <= set(ours)
+    for name, node in ours.items():
+        assert node["category"].split("/")[0] == "ToPi"
+        assert node["description"], name
+        inputs = {**node["input"].get("required", {}), **node["input"].get("optional", {})}
+        assert all(spec[1].get("tooltip") for spec in inputs.values()), name
+        assert all(node["output_tooltips"]), name
+
+
+def test_defaults_of_topi_patch(object_info):
+    inputs = object_info["ToPiPatch"]["input"]
+    inputs = {**inputs["required"], **inputs.get("optional", {})}
+    assert list(inputs) == ["model", *PATCH_DEFAULTS]
+    assert {name: inputs[name][1]["default"] for name in PATCH_DEFAULTS} == PATCH_DEFAULTS
+
+
+def test_quickstart_edits_and_a_second_queue_is_served(queue):
+    first, outputs = queue("make it night", seed=1)
+    assert first.shape == (128, 128, 3)
+    assert len(outputs["ToPiMaskPreview"]["images"]) == 1
+    assert [step["kind"] for step in outputs["ToPiReport"]["run"][0]["steps"]] == ["anchor", "pruned", "pruned"]
+    second, _ = queue("make it night", seed=2)
+    assert not torch.equal(first, second)
+
+
+def test_tau_one_is_the_workflow_without_topi(queue):
+    without, outputs = queue("make it winter", topi=False)
+    assert "ToPiReport" not in outputs
+    assert torch.equal(without, queue("make it winter", tau=1.0)[0])
+    assert not torch.equal(without, queue("make it winter", tau=0.3)[0])
+
+
+def test_two_references(queue):
+    _, outputs = queue("put the star of the second image into the first")
+    assert outputs["ToPiReport"]["run"][0]["anchors"][0]["context_tokens"] == 128
+
+
+def test_an_error_reaches_the_user_and_the_next_queue_is_served(queue):
+    with pytest.raises(ServerError, match=r"ToPiDemoScene failed: .*'make it gloomy' is not one the demo scenes know"):
+        queue("make it gloomy", seed=3)
+    assert queue("make it night", seed=3)[0].shape == (128, 128, 3)
