@@ -127,29 +127,20 @@ def _pair(metric, a: Tensor, b: Tensor) -> float:
     return metric(a.movedim(-1, 0)[None], b.movedim(-1, 0)[None]).item()
 
 
-def picture(outcomes: list[Outcome], side: int = 192, gap: int = 12) -> Image.Image:
-    """One row an edit: sources, full edit, ToPi's edit, what was asked for, kept tokens by anchor."""
-    sources = max(len(o.sources) for o in outcomes)
-    rows = []
-    for o in outcomes:
-        kept = [image for references in o.kept for image in references]
-        rows.append([o.sources + [None] * (sources - len(o.sources)), [o.full], [o.pruned], [o.expected], kept])
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    titles = ("reference", "full context", "ToPi", "expected", "kept tokens, by anchor")
+def picture(outcomes: list[Outcome], side: int = 216, gap: int = 12) -> Image.Image:
+    """One row an edit: references, full edit, ToPi's edit, what was asked for, and the kept tokens by anchor."""
+    rows = [[o.sources, [o.full], [o.pruned], [o.expected], *o.kept] for o in outcomes]
+    titles = ["reference", "full context", "ToPi", "expected", "kept tokens, by anchor"]
     font, small = ImageFont.load_default(17), ImageFont.load_default(14)
     head, foot = 40, 34
-    canvas = Image.new(
-        "RGB", (gap + sum(widths) * (side + gap), head + len(rows) * (side + foot) + gap), (250, 250, 248)
-    )
-    pen, column = ImageDraw.Draw(canvas), 0
+    columns = max(map(len, rows))
+    canvas = Image.new("RGB", (gap + columns * (side + gap), head + len(rows) * (side + foot) + gap), (250, 250, 248))
+    pen = ImageDraw.Draw(canvas)
     for i, title in enumerate(titles):
-        pen.text((gap + column * (side + gap), 12), title, (40, 40, 40), font)
-        for j, row in enumerate(rows):
-            for k, image in enumerate(row[i]):
-                if image is not None:
-                    tile = Image.fromarray((image * 255).round().byte().numpy()).resize((side, side), Image.LANCZOS)
-                    canvas.paste(tile, (gap + (column + k) * (side + gap), head + j * (side + foot)))
-        column += widths[i]
+        pen.text((gap + i * (side + gap), 12), title, (40, 40, 40), font)
+    for j, row in enumerate(rows):
+        for i, images in enumerate(row):
+            canvas.paste(_tile(images, side), (gap + i * (side + gap), head + j * (side + foot)))
     for j, o in enumerate(outcomes):
         words = (
             f"{o.instruction}   ·   kept {', '.join(f'{share:.0%}' for share in o.shares)}   ·   a step "
@@ -158,6 +149,17 @@ def picture(outcomes: list[Outcome], side: int = 192, gap: int = 12) -> Image.Im
         )
         pen.text((gap, head + j * (side + foot) + side + 6), words, (90, 90, 90), small)
     return canvas
+
+
+def _tile(images: list[Tensor], side: int) -> Image.Image:
+    """One image in a square, or several of them, smaller, down its diagonal."""
+    tile = Image.new("RGB", (side, side), (250, 250, 248))
+    small = side if len(images) == 1 else side * 5 // (4 * len(images))
+    step = 0 if len(images) == 1 else (side - small) // (len(images) - 1)
+    for i, image in enumerate(images):
+        pixels = Image.fromarray((image * 255).round().byte().numpy())
+        tile.paste(pixels.resize((small, small), Image.LANCZOS), (i * step, i * step))
+    return tile
 
 
 def main() -> int:

@@ -1,0 +1,220 @@
+"""Measures the demo model on held-out scenes: `make evaluate`; `ARGS=--table` prints the last results for the README.
+
+Quality of full-context edits against the image that was asked for, as the codec can show it and as it was drawn, the
+same without the reference, and how much attention the reference receives in each layer (Eq. 3). ToPi takes no part in
+it. Runs ComfyUI's sampler in process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import platform
+import random
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from topi_core.influence import attention_received
+from topi_core.layout import Layout
+from topi_core.metrics import psnr
+
+from . import codec, edits, text
+from .model import ARCHITECTURE, WEIGHTS
+from .runtime import VERSION, use_comfyui
+
+RESULTS = Path(__file__).resolve().parent.parent / "bench" / "results" / "demo_quality.jsonl"
+SIDE, SAMPLER, SCHEDULER, GUIDANCE = 128, "euler", "simple", 2.5
+TOKEN = codec.BLOCK * ARCHITECTURE["patch_size"]
+
+
+@dataclass(frozen=True)
+class Edits:
+    """Held-out edits of one kind: references, each [B, 3, S, S], and what they should become."""
+
+    kind: str
+    instructions: list[str]
+    references: list[Tensor]
+    expected: Tensor
+
+
+def held_out(kind: str, count: int) -> Edits:
+    """Their seeds are words, so no stream of the training, whose seeds are numbers, holds the same scenes."""
+    examples = []
+    for i in range(count):
+        rng = random.Random(f"held out {kind} {i}")
+        examples.append(edits.example(rng, edits.random_edit(rng, kind), SIDE))
+    references = [torch.stack(column) for column in zip(*(e.references for e in examples), strict=True)]
+    return Edits(kind, [str(e.edit) for e in examples], references, torch.stack([e.expected for e in examples]))
+
+
+class AttentionShare:
+    """Listens to ComfyUI's attention: the share of the target's attention that the references receive.
+
+    That is the sum over j of S_j (Eq. 3). `shares[step][layer]` is its mean over the images.
+    """
+
+    def __init__(self, layout: Layout):
+        self.layout = layout
+        self.shares: list[dict[int, float]] = []
+
+    def __call__(self, attention: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, *args, **options):
+        place = options["transformer_options"]
+        layer = place["block_index"] + (ARCHITECTURE["depth"] if place["block_type"] == "single" else 0)
+        if layer == 0:
+            self.shares.append({})
+        received = attention_received(q, k, self.layout)  # [B, H, C]
+        self.shares[-1][layer] = received.sum(-1).mean().item() / self.layout.target_tokens
+        return attention(q, k, v, heads, *args, **options)
+
+
+def edit(
+    objects: tuple,
+    batch: Edits,
+    seed: int,
+    steps: int,
+    with_references: bool = True,
+    listen: AttentionShare | None = None,
+) -> Tensor:
+    """All edits of the batch in one run of ComfyUI's sampler -> images [B, 3, S, S]."""
+    import comfy.sample
+
+    model, clip, vae = objects
+    encoded = [clip.encode_from_tokens(clip.tokenize(words), return_pooled=True) for words in batch.instructions]
+    values = {"pooled_output": torch.cat([pooled for _, pooled in encoded]), "guidance": GUIDANCE}
+    if with_references:
+        values["reference_latents"] = [vae.encode(image.movedim(1, -1)) for image in batch.references]
+    cond = [[torch.cat([features for features, _ in encoded]), values]]
+    if listen is not None:
+        model = model.clone()
+        model.model_options["transformer_options"]["optimized_attention_override"] = listen
+    empty = torch.zeros(len(batch.instructions), codec.CHANNELS, SIDE // codec.BLOCK, SIDE // codec.BLOCK)
+    noise = comfy.sample.prepare_noise(empty, seed)
+    latent = comfy.sample.sample(
+        model, noise, steps, 1.0, SAMPLER, SCHEDULER, cond, cond, empty, disable_pbar=True, seed=seed
+    )
+    return vae.decode(latent).movedim(-1, 1)
+
+
+def measure(count: int, seed: int, steps: int, kinds: list[str]) -> Iterator[dict]:
+    """One row a kind of edit, then one row a layer for the kinds with one reference."""
+    use_comfyui()
+    import comfy.model_management
+
+    from .comfy_model import load
+
+    objects = load()
+    setting = {
+        "commit": _commit(),
+        "weights": hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()[:16],
+        "device": comfy.model_management.get_torch_device_name(comfy.model_management.get_torch_device()),
+        "cpu": platform.processor() or platform.machine(),
+        "versions": {"comfyui": VERSION, "torch": torch.__version__, "python": platform.python_version()},
+        "sampling": {"sampler": SAMPLER, "scheduler": SCHEDULER, "steps": steps, "side": SIDE, "seed": seed},
+        "edits": count,
+    }
+    grid = (SIDE // TOKEN, SIDE // TOKEN)
+    by_layer: list[list[dict[int, float]]] = []
+    with torch.inference_mode():
+        for kind in kinds:
+            batch, started = held_out(kind, count), time.monotonic()
+            listen = AttentionShare(Layout(text.LENGTH, grid, (grid,) * len(batch.references)))
+            full = edit(objects, batch, seed, steps, listen=listen)
+            seconds = time.monotonic() - started
+            blind = edit(objects, batch, seed, steps, with_references=False)
+            coded = codec.decode(codec.encode(batch.expected))
+            if len(batch.references) == 1:
+                by_layer.append(listen.shares)
+            yield {
+                "what": "quality",
+                "kind": kind,
+                "group": edits.GRAMMAR[kind][0],
+                "references": len(batch.references),
+                "psnr": psnr(full, coded).tolist(),
+                "psnr_without_reference": psnr(blind, coded).tolist(),
+                "psnr_to_drawn": psnr(full, batch.expected).tolist(),
+                "psnr_of_codec": psnr(coded, batch.expected).tolist(),
+                "attention": fmean(share for step in listen.shares for share in step.values()),
+                "seconds": round(seconds, 2),
+                **setting,
+            }
+    for layer in range(ARCHITECTURE["depth"] + ARCHITECTURE["depth_single_blocks"] if by_layer else 0):
+        course = [fmean(shares[step][layer] for shares in by_layer) for step in range(steps)]
+        yield {"what": "attention", "layer": layer, "share": fmean(course), "by_step": course, **setting}
+
+
+def _commit() -> str:
+    def git(*words: str) -> str:
+        return subprocess.run(("git", *words), capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+" if changed else "")
+
+
+def markdown(rows: list[dict]) -> str:
+    """The README's tables: dB by kind and group, then the reference's share of the attention by layer."""
+    groups = defaultdict(list)
+    for row in rows:
+        if row["what"] == "quality":
+            groups[row["group"]].append(row)
+    lines = [
+        "| edits | PSNR | without the reference | to the image as drawn | the codec alone |",
+        "|---|---|---|---|---|",
+    ]
+
+    def line(name: str, of: list[dict]) -> str:
+        keys = ("psnr", "psnr_without_reference", "psnr_to_drawn", "psnr_of_codec")
+        return f"| {name} | " + " | ".join(f"{fmean(v for row in of for v in row[key]):.1f} dB" for key in keys) + " |"
+
+    for group, of in groups.items():
+        lines.append(line(f"**{group}**", of))
+        lines += [line(row["kind"], [row]) for row in of if len(of) > 1]
+    layers = [row for row in rows if row["what"] == "attention"]
+    if layers:
+        quarter = max(1, len(layers[0]["by_step"]) // 4)
+        lines += [
+            "",
+            "| layer | " + " | ".join(str(row["layer"]) for row in layers) + " |",
+            "|---" * (len(layers) + 1) + "|",
+        ]
+        for name, part in (
+            ("all steps", slice(None)),
+            ("first quarter", slice(quarter)),
+            ("last quarter", slice(-quarter, None)),
+        ):
+            cells = (f"{fmean(row['by_step'][part]):.2f}" for row in layers)
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m topi_demo.evaluate", description=__doc__.splitlines()[0])
+    parser.add_argument("-n", type=int, default=16, help="held-out edits of each kind")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--kinds", nargs="+", choices=list(edits.GRAMMAR), default=list(edits.GRAMMAR), metavar="KIND")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="only print the tables of the results that are there")
+    args = parser.parse_args()
+    if not args.table:
+        rows = []
+        for row in measure(args.n, args.seed, args.steps, args.kinds):
+            rows.append(row)
+            if row["what"] == "quality":
+                print(f"{row['kind']:10}  {fmean(row['psnr']):5.1f} dB, {fmean(row['psnr_without_reference']):5.1f} dB "
+                      f"without the reference, {row['seconds']:.0f} s", flush=True)  # fmt: skip
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    print(markdown([json.loads(line) for line in args.out.read_text(encoding="utf-8").splitlines()]))
+
+
+if __name__ == "__main__":
+    main()
