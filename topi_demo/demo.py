@@ -152,13 +152,11 @@ def picture(outcomes: list[Outcome], side: int = 216, gap: int = 12) -> Image.Im
 
 
 def _tile(images: list[Tensor], side: int) -> Image.Image:
-    """One image in a square, or several of them, smaller, down its diagonal."""
-    tile = Image.new("RGB", (side, side), (250, 250, 248))
-    small = side if len(images) == 1 else side * 5 // (4 * len(images))
-    step = 0 if len(images) == 1 else (side - small) // (len(images) - 1)
+    """One image in a square, or several smaller ones down its diagonal."""
+    tile, small = Image.new("RGB", (side, side), (250, 250, 248)), side // len(images)
     for i, image in enumerate(images):
         pixels = Image.fromarray((image * 255).round().byte().numpy())
-        tile.paste(pixels.resize((small, small), Image.LANCZOS), (i * step, i * step))
+        tile.paste(pixels.resize((small, small), Image.LANCZOS), (i * small, i * small))
     return tile
 
 

@@ -118,6 +118,7 @@ def running(log: Path, name: str = "comfyui-topi", timeout: float = 120) -> Iter
         command = [sys.executable, str(comfyui_dir().resolve() / "main.py"), "--base-directory", base]
         command += ["--port", str(port), "--database-url", f"sqlite:///{base}/comfyui.db"]
         command += ["--disable-auto-launch", "--disable-api-nodes"]
+        command += ["--preview-method", "latent2rgb"]  # without previews not every step is announced
         if not torch.cuda.is_available():
             command.append("--cpu")
         with log.open("wb") as words:
