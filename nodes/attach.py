@@ -96,6 +96,7 @@ class Patch:
             cell_pixels=latent_format.spacial_downscale_ratio,
             hidden=self.family.hidden(network),
             linear=self.family.linear,
+            settings=s,
         )
         sampling = patcher.get_model_object("model_sampling")
         high = sampling.percent_to_sigma(s.start_percent)

@@ -14,6 +14,7 @@ from ..topi_core.influence import attention_received, influence, random_score, s
 from ..topi_core.layout import Layout
 from ..topi_core.schedule import Schedule
 from ..topi_core.select import Selection, select
+from ..topi_core.stopwatch import Stopwatch
 from ..topi_core.trace import Anchor, Bits, Kind, Reference, Run, Step
 
 
@@ -26,6 +27,7 @@ class Group:
     pictures: tuple[Reference, ...]
     scores: Tensor | None = None  # [images, C], of the newest anchor step
     scored: tuple[int, float] | None = None  # its step and sigma
+    watches: list[Stopwatch] = field(default_factory=list)  # the time that these scores took
     selection: Selection | None = None
 
     def same(self, references: list[Tensor], layout: Layout) -> bool:
@@ -33,10 +35,11 @@ class Group:
             torch.equal(a, b) for a, b in zip(self.references, references, strict=True)
         )
 
-    def add(self, scores: Tensor, step: int, sigma: float) -> None:
+    def add(self, scores: Tensor, watches: list[Stopwatch], step: int, sigma: float) -> None:
         """Adds the influence of one call; the first call of a new anchor step starts afresh."""
         fresh = self.scored is None or self.scored[0] != step
         self.scores = scores if fresh else self.scores + scores
+        self.watches = watches if fresh else self.watches + watches
         self.scored, self.selection = (step, sigma), None
 
 
@@ -51,6 +54,7 @@ class Call:
     sigma: float
     kept: Tensor | None = None  # [B, K] into the context, on pruned calls that drop anything
     scores: dict[int, Tensor] = field(default_factory=dict)  # layer -> [B, C]
+    watch: Stopwatch = field(default_factory=Stopwatch)
     positions: dict[tuple, Tensor] = field(default_factory=dict)  # realigned `pe` and masks by their source
     computed: bool = False
 
@@ -114,6 +118,7 @@ class RunState:
         if self.open is None or self.open.index != step:
             self._close_step()
             self.open = OpenStep(step, sigma, time.perf_counter())
+        self.record.context_tokens = max(self.record.context_tokens, layout.context_tokens)
         if not references:
             return Call(layout, [], "full", step, sigma)
         chunks = self._groups(options, references, layout, rows)
@@ -163,7 +168,8 @@ class RunState:
         s = self.settings
         group.selection = select(group.scores.cpu(), s.tau, s.min_keep, s.max_keep)
         step, sigma = group.scored
-        anchor = Anchor(step, sigma, group.layout, group.pictures, Bits.of(group.selection.mask()))
+        seconds = sum(watch.seconds() for watch in group.watches)
+        anchor = Anchor(step, sigma, group.layout, group.pictures, Bits.of(group.selection.mask()), seconds)
         self.record.anchors.append(anchor)
         self.kept.clear()
         if self.on_anchor is not None:
@@ -171,19 +177,21 @@ class RunState:
 
     def score(self, call: Call, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         """Scores one representative layer from its attention's q, k, v [B, H, N, D] after RoPE."""
-        received = attention_received(q, k, call.layout, mask)
-        if self.settings.metric == "attention":
-            call.scores[layer] = received.sum(1)
-        else:
-            call.scores[layer] = influence(received, v, call.layout)
+        with call.watch.on(q.device):
+            received = attention_received(q, k, call.layout, mask)
+            if self.settings.metric == "attention":
+                call.scores[layer] = received.sum(1)
+            else:
+                call.scores[layer] = influence(received, v, call.layout)
 
     def score_features(self, call: Call, layer: int, hidden: Tensor) -> None:
         """Scores one representative layer from its input [B, N, W], for the metrics that need no attention."""
-        if self.settings.metric == "similarity":
-            call.scores[layer] = similarity(hidden, call.layout)
-        else:
-            score = random_score(hidden.shape[0] // len(call.chunks), call.layout.context_tokens, self.generator)
-            call.scores[layer] = score.repeat(len(call.chunks), 1).to(hidden.device, torch.float32)
+        with call.watch.on(hidden.device):
+            if self.settings.metric == "similarity":
+                call.scores[layer] = similarity(hidden, call.layout)
+            else:
+                score = random_score(hidden.shape[0] // len(call.chunks), call.layout.context_tokens, self.generator)
+                call.scores[layer] = score.repeat(len(call.chunks), 1).to(hidden.device, torch.float32)
 
     def end(self, call: Call) -> None:
         """Takes over what a call scored, and notes it, unless a cache kept the network from running."""
@@ -197,10 +205,12 @@ class RunState:
                 "another patch replaces this block's attention: remove it, or choose other layers"
             )
         scores = sum(call.scores[layer] for layer in self.settings.layers)
+        watches = [call.watch]  # counted once, for the first of the groups
         for group, own in zip(call.chunks, scores.chunk(len(call.chunks)), strict=True):
             if group.scored and group.scored[0] != call.step:
                 self._settle(group)
-            group.add(own, call.step, call.sigma)
+            group.add(own, watches, call.step, call.sigma)
+            watches = []
 
     def _close_step(self) -> None:
         if self.open is not None:

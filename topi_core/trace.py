@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .config import Settings
 from .layout import Layout
 
 Kind = Literal["skipped", "full", "pruned", "anchor"]
@@ -43,13 +44,14 @@ class Reference:
 
 @dataclass(frozen=True)
 class Anchor:
-    """What one set of references kept from an anchor step on."""
+    """What one set of references kept from an anchor step on; `seconds` is what scoring it took."""
 
     step: int
     sigma: float
     layout: Layout
     references: tuple[Reference, ...]
     bits: Bits
+    seconds: float = 0.0
 
     @property
     def kept(self) -> Tensor:
@@ -81,6 +83,7 @@ class Run:
 
     A token covers `patch` x `patch` cells of a latent, a cell `cell_pixels` x `cell_pixels` pixels of its image.
     `hidden` and `linear` are the model's width and its layers' linear operations, as `cost.layer_flops` wants them.
+    `context_tokens` are the most that a call of the network had, whether or not they were ever scored.
     """
 
     family: str
@@ -91,6 +94,8 @@ class Run:
     cell_pixels: int = 8
     hidden: int = 0
     linear: int = 24
+    settings: Settings | None = None
+    context_tokens: int = 0
     anchors: list[Anchor] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     finished: bool = False
