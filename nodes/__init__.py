@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .compare import ToPiCompare
 from .demo_model import ToPiDemoModel
 from .demo_scene import ToPiDemoScene
 from .mask_preview import ToPiMaskPreview
@@ -11,4 +12,4 @@ from .report import ToPiReport
 
 class ToPiExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [ToPiPatch, ToPiMaskPreview, ToPiReport, ToPiDemoModel, ToPiDemoScene]
+        return [ToPiPatch, ToPiMaskPreview, ToPiReport, ToPiCompare, ToPiDemoModel, ToPiDemoScene]

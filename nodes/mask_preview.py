@@ -6,11 +6,13 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
+from ..topi_core.overlay import draw, geometry, kept_of
+from ..topi_core.report import why_nothing
 from ..topi_core.trace import Anchor, Run
 from .patch import TraceType
 
-GOLD = (1.0, 0.78, 0.10)
-Size = tuple[int, int]
+LARGEST = 768
+"""Longest side of the page's frames in pixels; the outputs keep the size of the image."""
 
 
 class ToPiMaskPreview(io.ComfyNode):
@@ -20,12 +22,15 @@ class ToPiMaskPreview(io.ComfyNode):
             node_id="ToPiMaskPreview",
             display_name="ToPi Mask Preview",
             category="ToPi",
-            description="Shows which reference tokens a run kept: in gold, the others dimmed. One picture an anchor.",
+            description="Shows the reference tokens that a run kept, in gold, and dims the others: a frame an anchor.",
             is_output_node=True,
             inputs=[
                 TraceType.Input("trace", tooltip="From ToPi Patch."),
                 io.Latent.Input("latent", tooltip="The sampler's output: it says which run is meant."),
-                io.Image.Input("image", optional=True, tooltip="The reference to draw over; else a rough picture."),
+                io.Image.Input(
+                    "image", optional=True,
+                    tooltip="The reference image to draw over; without one, a small picture of it.",
+                ),
                 io.Int.Input("reference", default=0, min=0, max=63, tooltip="Which reference, counted from 0."),
                 io.Float.Input(
                     "opacity", default=0.6, min=0.0, max=1.0, step=0.05,
@@ -33,8 +38,11 @@ class ToPiMaskPreview(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="overlay", tooltip="Kept tokens in gold, the others dimmed."),
-                io.Mask.Output(display_name="mask", tooltip="1 where the token is kept, one frame an anchor."),
+                io.Image.Output(
+                    display_name="overlay",
+                    tooltip="The reference with its kept tokens: a frame an anchor, with a batch one for each image.",
+                ),
+                io.Mask.Output(display_name="mask", tooltip="1 where the token is kept; frames as in overlay."),
             ],
         )  # fmt: skip
 
@@ -42,17 +50,21 @@ class ToPiMaskPreview(io.ComfyNode):
     def execute(cls, trace, latent, image=None, reference=0, opacity=0.6) -> io.NodeOutput:
         run = trace.find(latent["samples"])
         anchors = anchors_with(run, reference)
-        if image is None:
-            image = small_picture(run, anchors[0], reference) if anchors else torch.full((1, 64, 64, 3), 0.5)
-        size = (image.shape[1], image.shape[2])
-        # a run without an anchor pruned nothing
-        masks = [kept_pixels(run, anchor, reference, size) for anchor in anchors] or [torch.ones(size)]
-        mask = torch.stack(masks).float()
-        overlay = draw(image[:1, ..., :3], mask, opacity)
-        return io.NodeOutput(overlay, mask, ui=ui.PreviewImage(overlay, cls=cls))
+        if anchors:
+            seen = [picture(run, anchor, reference, image) for anchor in anchors]
+            mask = torch.cat([masks(run, a, reference, p.shape[1:3]) for a, p in zip(anchors, seen, strict=True)])
+            pictures = torch.cat(seen)
+        else:  # a run without an anchor pruned nothing
+            pictures = torch.full((1, 64, 64, 3), 0.5) if image is None else image[:1, ..., :3]
+            mask = torch.ones(pictures.shape[:3])
+        overlay = draw(pictures, mask, opacity)
+        shown = ui.PreviewImage(_at_most(overlay, LARGEST)).as_dict()
+        facts = [fact for anchor in anchors for fact in frames(anchor, reference)]
+        return io.NodeOutput(overlay, mask, ui=shown | {"frames": facts, "note": (why_nothing(run) or "",)})
 
 
 def anchors_with(run: Run, reference: int) -> list[Anchor]:
+    """The anchors that saw this reference; conds without it have their own."""
     anchors = [anchor for anchor in run.anchors if reference < len(anchor.references)]
     if run.anchors and not anchors:
         most = max(len(anchor.references) for anchor in run.anchors)
@@ -60,42 +72,53 @@ def anchors_with(run: Run, reference: int) -> list[Anchor]:
     return anchors
 
 
-def small_picture(run: Run, anchor: Anchor, reference: int) -> Tensor:
-    """The reference as the run saw it, in blocks of a latent cell; gray for models without latent-to-RGB factors."""
-    seen = anchor.references[reference]
-    if seen.picture is None:
-        return torch.full((1, *(side * run.cell_pixels for side in seen.size), 3), 0.5)
-    large = seen.picture[:1].float().repeat_interleave(run.cell_pixels, 1).repeat_interleave(run.cell_pixels, 2)
-    return large / 255
+def frames(anchor: Anchor, reference: int) -> list[dict]:
+    """What the page shows beside each frame of an anchor, as plain values."""
+    kept = kept_of(anchor, reference)
+    return [
+        {
+            "step": anchor.step,
+            "sigma": round(anchor.sigma, 4),
+            "share": row.float().mean().item(),
+            "kept": int(row.sum()),
+            "tokens": len(row),
+            "image": i,
+            "images": len(kept),
+        }
+        for i, row in enumerate(kept)
+    ]
 
 
-def kept_pixels(run: Run, anchor: Anchor, reference: int, size: Size) -> Tensor:
-    """What an anchor kept of one reference, bool [H, W] in the pixels of an image of it; the first one of a batch."""
-    layout, place = anchor.layout, anchor.layout.references[reference]
-    grid = layout.reference_grids[reference]
-    kept = anchor.kept[0, place.start - layout.context.start : place.stop - layout.context.start].view(grid)
-    cells = anchor.references[reference].size
-    rows, columns = (
-        token_of_pixels(*sides, run.cell_pixels, run.patch) for sides in zip(size, cells, grid, strict=True)
-    )
-    return kept[rows][:, columns]
+def picture(run: Run, anchor: Anchor, reference: int, image: Tensor | None) -> Tensor:
+    """What to draw over, for each image of the batch: [images, H, W, 3].
 
-
-def token_of_pixels(pixels: int, cells: int, tokens: int, cell_pixels: int, patch: int) -> Tensor:
-    """Which token each pixel of a side belongs to: [pixels].
-
-    An image that was encoded as it is was cropped around its middle; of any other size, it counts in proportion.
+    Without an image, the reference as the run saw it, a pixel a latent cell, enlarged to the size of its image.
     """
-    place = torch.arange(pixels)
-    if pixels // cell_pixels == cells:
-        cell = (place - pixels % cell_pixels // 2).div(cell_pixels, rounding_mode="floor").clamp(0, cells - 1)
-    else:
-        cell = place * cells // pixels
-    return (cell // patch).clamp(max=tokens - 1)
+    images, seen = anchor.kept.shape[0], anchor.references[reference]
+    if image is None:
+        if seen.picture is None:
+            return torch.full((images, *(side * run.cell_pixels for side in seen.size), 3), 0.5)
+        return seen.picture.float().div(255).repeat_interleave(run.cell_pixels, 1).repeat_interleave(run.cell_pixels, 2)
+    height, width = image.shape[1:3]
+    if not geometry(run, anchor, reference).fits((height, width)):
+        h, w = (side * run.cell_pixels for side in seen.size)
+        raise ValueError(
+            f"image is {width} x {height} pixels and reference {reference} was {w} x {h}, another aspect ratio: "
+            "connect the image that was encoded as this reference"
+        )
+    return image[..., :3] if len(image) == images else image[:1, ..., :3].expand(images, -1, -1, -1)
 
 
-def draw(picture: Tensor, mask: Tensor, opacity: float) -> Tensor:
-    """Kept parts tinted with gold, the others dimmed: picture [1, H, W, 3], mask [A, H, W] -> [A, H, W, 3]."""
-    mask = mask[..., None]
-    gold = torch.lerp(picture, torch.tensor(GOLD), 0.5 * opacity)
-    return mask * gold + (1 - mask) * picture * (1 - opacity)
+def masks(run: Run, anchor: Anchor, reference: int, size: tuple[int, int]) -> Tensor:
+    """1 where the kept tokens came from, in the pixels of an image of this size: [images, H, W]."""
+    place = geometry(run, anchor, reference)
+    return torch.stack([place.mask(kept, size) for kept in kept_of(anchor, reference)]).float()
+
+
+def _at_most(pictures: Tensor, side: int) -> Tensor:
+    """[F, H, W, 3], made smaller where the longest side is larger."""
+    scale = side / max(pictures.shape[1:3])
+    if scale >= 1:
+        return pictures
+    size = [max(1, round(length * scale)) for length in pictures.shape[1:3]]
+    return torch.nn.functional.interpolate(pictures.movedim(-1, 1), size, mode="area").movedim(1, -1)

@@ -1,10 +1,15 @@
-"""ToPi Mask Preview and ToPi Report, on runs of the demo model."""
+"""ToPi Mask Preview, ToPi Report and ToPi Compare, on runs of the demo model."""
+
+import json
+from dataclasses import replace
 
 import pytest
 import torch
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import nodes
 from runs import patch, run_node
+from topi_core.trace import Bits
 
 
 @pytest.fixture(scope="module")
@@ -12,17 +17,21 @@ def demo():
     return run_node("ToPiDemoModel")
 
 
-def run(demo, *images, steps=4, **settings):
+def run(demo, *images, steps=4, batch=1, **settings):
     """-> trace and the sampler's latent, for an edit with these references."""
     model, clip, vae = demo
+    model, trace = patch(model, update_interval=2, **settings)
+    return trace, sample(model, clip, vae, images, steps, batch)
+
+
+def sample(model, clip, vae, images, steps, batch):
     cond = nodes.CLIPTextEncode().encode(clip, "make it night")[0]
     for image in images:
         latent = nodes.VAEEncode().encode(vae, image)[0]
         (cond,) = run_node("ReferenceLatent", conditioning=cond, latent=latent)
-    empty = {"samples": torch.zeros(1, 16, 16, 16)}
-    model, trace = patch(model, update_interval=2, **settings)
+    empty = {"samples": torch.zeros(batch, 16, 16, 16)}
     with torch.inference_mode():
-        return trace, nodes.KSampler().sample(model, 1, steps, 1.0, "euler", "simple", cond, cond, empty)[0]
+        return nodes.KSampler().sample(model, 1, steps, 1.0, "euler", "simple", cond, cond, empty)[0]
 
 
 def scene(seed, height=128, width=128):
@@ -50,6 +59,9 @@ def test_masks_are_the_kept_tokens_in_the_image(demo):
             size = (rows.stop - rows.start, columns.stop - columns.start)
             assert torch.equal(frame[crop], torch.kron(kept.float(), torch.ones(16, 16))[: size[0], : size[1]])
             assert drawn[frame == 0].count_nonzero() == 0
+            frame = frame.clone()
+            frame[crop] = 0
+            assert not frame.any()  # what the VAE cropped away is no token's
 
 
 def test_without_opacity_the_picture_stays(demo):
@@ -71,17 +83,83 @@ def test_without_an_image_the_run_s_own_picture_is_shown(demo):
 def test_an_image_of_another_size_counts_in_proportion(demo):
     trace, latent = run(demo, scene(1), tau=0.6)
     small = run_node("ToPiMaskPreview", trace=trace, latent=latent, image=scene(1))[1]
-    large = run_node("ToPiMaskPreview", trace=trace, latent=latent, image=torch.zeros(1, 256, 512, 3))[1]
-    assert torch.equal(large, small.repeat_interleave(2, 1).repeat_interleave(4, 2))
+    large = run_node("ToPiMaskPreview", trace=trace, latent=latent, image=torch.zeros(1, 256, 256, 3))[1]
+    assert torch.equal(large, small.repeat_interleave(2, 1).repeat_interleave(2, 2))
 
 
-def test_nothing_pruned_means_everything_kept(demo):
+def test_a_planted_part_of_the_picture_is_what_lights_up(demo):
+    """The same mask, planted into the run's record, at sizes that ComfyUI crops and pads."""
+    image = scene(1, 133, 171)  # 16 x 21 cells, 8 x 11 tokens, cropped by 2 and 1 pixels before
+    trace, latent = run(demo, image)
+    newest = trace.runs[-1]
+    planted = torch.zeros(1, 8, 11, dtype=torch.bool)
+    planted[0, 2, 10] = planted[0, 7, 0] = True
+    newest.anchors[:] = [replace(newest.anchors[0], bits=Bits.of(planted.flatten(1)))]
+    _, mask = run_node("ToPiMaskPreview", trace=trace, latent=latent, image=image)
+    expected = torch.zeros(1, 133, 171)
+    expected[0, 2 + 32 : 2 + 48, 1 + 160 : 1 + 168] = 1  # the last token of a row covers one cell of two
+    expected[0, 2 + 112 : 2 + 128, 1 : 1 + 16] = 1
+    assert torch.equal(mask, expected)
+
+
+def test_a_batch_has_a_frame_for_each_image(demo):
+    image = torch.cat((scene(1), scene(2)))
+    trace, latent = run(demo, image, batch=2, tau=0.6)
+    output = nodes.NODE_CLASS_MAPPINGS["ToPiMaskPreview"].execute(trace=trace, latent=latent, image=image, opacity=0.0)
+    overlay, mask = output.result
+    anchors = trace.runs[-1].anchors
+    assert mask.shape == (4, 128, 128)
+    torch.testing.assert_close(overlay, torch.cat((image, image)), atol=1e-6, rtol=0)
+    kept = torch.cat([anchor.kept for anchor in anchors]).view(4, 8, 8).float()
+    assert torch.equal(mask, kept.repeat_interleave(16, 1).repeat_interleave(16, 2))
+    assert len(output.ui["images"]) == len(output.ui["frames"]) == 4
+    assert [(frame["step"], frame["image"]) for frame in output.ui["frames"]] == [(0, 0), (0, 1), (2, 0), (2, 1)]
+    assert [frame["kept"] for frame in output.ui["frames"]] == kept.sum((1, 2)).tolist()
+
+
+def test_nothing_pruned_means_everything_kept_and_says_why(demo):
     trace, latent = run(demo)
-    _, mask = run_node("ToPiMaskPreview", trace=trace, latent=latent)
-    assert mask.min() == 1
+    preview = nodes.NODE_CLASS_MAPPINGS["ToPiMaskPreview"].execute(trace=trace, latent=latent)
+    assert preview.result[1].min() == 1
+    assert "no reference reached the model" in preview.ui["note"][0]
     report, plot = run_node("ToPiReport", trace=trace, latent=latent)
-    assert "no reference tokens were pruned in 4 steps" in report
+    assert "Nothing was pruned: no reference reached the model" in report
     assert plot.shape[-1] == 3
+
+
+@pytest.mark.parametrize(("settings", "why"), [
+    ({"tau": 1.0}, "tau is 1"),
+    ({"first_anchor": 9}, "the first anchor is step 9, and the run has 4"),
+    ({"start_percent": 1.0}, "no step lies between start_percent 1 and end_percent 1"),
+    ({"steps": 1}, "too few steps"),
+])  # fmt: skip
+def test_the_report_says_why_nothing_was_pruned(demo, settings, why):
+    trace, latent = run(demo, scene(1), **settings)
+    assert why in run_node("ToPiReport", trace=trace, latent=latent)[0]
+
+
+def test_bad_input_is_one_clear_sentence(demo):
+    trace, latent = run(demo, scene(1))
+    with pytest.raises(ValueError, match=r"image is 512 x 256 pixels and reference 0 was 128 x 128, another aspect"):
+        run_node("ToPiMaskPreview", trace=trace, latent=latent, image=torch.zeros(1, 256, 512, 3))
+    _, empty = patch(demo[0])
+    for name in ("ToPiMaskPreview", "ToPiReport"):
+        with pytest.raises(ValueError, match=r"^this trace holds no run: sample with the model of the same ToPi Patch"):
+            run_node(name, trace=empty, latent=latent)
+
+
+def test_two_samplers_on_one_model_show_their_own_runs(demo):
+    """Also when the first one's preview is asked for again, as after a rerun from ComfyUI's cache."""
+    model, clip, vae = demo
+    model, trace = patch(model, update_interval=2, tau=0.6)
+    latents, masks = [], []
+    for seed in (1, 2):
+        latents.append(sample(model, clip, vae, [scene(seed)], 4, 1))
+        masks.append(run_node("ToPiMaskPreview", trace=trace, latent=latents[-1])[1])
+    assert not torch.equal(*masks)
+    for latent, mask in zip(latents, masks, strict=True):
+        again = {"samples": latent["samples"].clone()}
+        assert torch.equal(run_node("ToPiMaskPreview", trace=trace, latent=again)[1], mask)
 
 
 def test_a_reference_that_is_not_there(demo):
@@ -90,13 +168,39 @@ def test_a_reference_that_is_not_there(demo):
         run_node("ToPiMaskPreview", trace=trace, latent=latent, reference=1)
 
 
-def test_report_has_a_line_for_each_step(demo):
-    trace, latent = run(demo, scene(1), tau=0.6)
+def test_report_of_a_run(demo):
+    images = [scene(1), scene(2, 96, 128)]
+    trace, latent = run(demo, *images, tau=0.6)
     newest = trace.runs[-1]
     output = nodes.NODE_CLASS_MAPPINGS["ToPiReport"].execute(trace=trace, latent=latent)
-    report, _ = output.result
-    lines = report.splitlines()[-4:]
-    assert [line.split()[2] for line in lines] == ["anchor", "pruned", "anchor", "pruned"]
-    assert lines[0].endswith(f"{newest.anchors[0].share:.1%}")
+    report, plot = output.result
+    for anchor in newest.anchors:
+        first, second = anchor.kept[0].split((64, 48))
+        row = next(line for line in report.splitlines() if line.startswith(f"step {anchor.step} "))
+        for part in (first, second, anchor.kept[0]):
+            assert f"{int(part.sum())} of {len(part)} ({part.float().mean():.1%})" in row
+    for word in ("2 anchors, 2 pruned", "full step", "pruned step", "speed-up", "predicted", "scoring"):
+        assert word in report
+    assert plot.shape[-1] == 3 and plot.unique().numel() > 2
     assert output.ui["text"] == (report,)
-    assert [step["kind"] for step in output.ui["run"][0]["steps"]] == [step.kind for step in newest.steps]
+    facts = json.loads(json.dumps(output.ui["run"][0]))  # plain values
+    assert [step["kind"] for step in facts["steps"]] == [step.kind for step in newest.steps]
+    assert facts["figures"]["measured"] > 0 and facts["nothing"] is None
+    assert 0 < facts["figures"]["scoring_seconds"] < newest.steps[2].seconds
+
+
+def test_compare(demo):
+    a, b = scene(1), scene(2)
+    psnr, ssim, text = run_node("ToPiCompare", image=torch.cat((a, a)), reference=torch.cat((b, b)))
+    expected = peak_signal_noise_ratio(b[0].numpy(), a[0].numpy(), data_range=1)
+    assert psnr == pytest.approx(expected, abs=1e-4)
+    assert ssim == pytest.approx(
+        structural_similarity(
+            a[0].double().numpy(), b[0].double().numpy(), data_range=1, channel_axis=-1,
+            gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
+        ), abs=1e-5,
+    )  # fmt: skip
+    assert text.splitlines()[0] == f"mean: PSNR {psnr:.2f} dB, SSIM {ssim:.4f}"
+    assert run_node("ToPiCompare", image=a, reference=a)[:2] == (float("inf"), 1.0)
+    with pytest.raises(ValueError, match=r"got 1 of 128 x 128 and 1 of 128 x 96"):
+        run_node("ToPiCompare", image=a, reference=scene(1, 96, 128))

@@ -1,0 +1,74 @@
+"""What the report says of a run, and why nothing was pruned."""
+
+import pytest
+import torch
+
+from topi_core.config import Settings
+from topi_core.layout import Layout
+from topi_core.report import figures, text, why_nothing
+from topi_core.trace import Anchor, Bits, Run, Step
+
+
+def run(kinds, kept=(3, 1), tau=0.85, references=((2, 2),), **settings):
+    """A run whose anchors keep these numbers of the 4 tokens, one a picture; the first step pays for loading."""
+    depth, layout = 8, Layout(2, (2, 2), references)
+    made = Run(
+        "flux1", depth, (3,), 2, hidden=64, context_tokens=layout.context_tokens,
+        settings=Settings(depth=depth, layers=(3,), front_layers=2, tau=tau, **settings),
+    )  # fmt: skip
+    seconds = {"full": 2.0, "anchor": 2.1, "pruned": 1.0, "skipped": 0.01}
+    for i, kind in enumerate(kinds):
+        if kind == "anchor":
+            mask = torch.arange(layout.context_tokens).expand(len(kept), -1) < torch.tensor(kept)[:, None]
+            made.anchors.append(Anchor(i, 1 - i / 10, layout, (), Bits.of(mask), seconds=0.1))
+        made.steps.append(Step(i, 1 - i / 10, kind, layout.tokens, seconds[kind] + 5 * (i == 0)))
+    return made
+
+
+def test_figures():
+    f = figures(run(["anchor", "pruned", "pruned", "anchor", "pruned"]))
+    assert (f.anchors, f.pruned, f.full, f.skipped) == (2, 3, 0, 0)
+    assert f.full_seconds == pytest.approx(2.0)  # without the scoring
+    assert f.pruned_seconds == 1.0
+    assert f.measured == pytest.approx(2 * 5 / (2 * 2.0 + 3 * 1.0 + 2 * 0.1))
+    assert f.scoring_seconds == pytest.approx(0.1)
+    assert f.scoring_share == pytest.approx(0.2 / (7.1 + 3 * 1.0 + 2.1))
+
+
+def test_the_first_step_is_not_timed():
+    f = figures(run(["anchor", "pruned", "pruned"]))
+    assert f.full_seconds is None and f.measured is None
+    assert "not timed: only the first, which pays for loading" in text(run(["anchor", "pruned", "pruned"]))
+
+
+def test_table():
+    lines = text(run(["anchor", "pruned", "anchor", "pruned"], kept=(3,), references=((2, 2), (1, 2)))).splitlines()
+    assert lines[0] == "flux1, 8 layers: scored in 3, pruned from 2 on; tau 0.85, influence"
+    assert lines[2].split("  ")[0] == "anchor" and lines[2].endswith("all")
+    assert [part.strip() for part in lines[3].split("  ") if part] == [
+        "step 0", "1.000", "3 of 4 (75.0%)", "0 of 2 (0.0%)", "3 of 6 (50.0%)",
+    ]  # fmt: skip
+    assert "2 anchors, 2 pruned" in lines[6]
+    assert any(line.startswith("speed-up") for line in lines)
+
+
+def test_a_batch_is_counted_by_image():
+    assert "3, 1 of 4 (50.0%)" in text(run(["anchor", "pruned"]))
+
+
+@pytest.mark.parametrize(("made", "why"), [
+    (run(["anchor", "pruned"]), None),
+    (run([]), "the sampler made no step"),
+    (run(["full"] * 3, references=()), "no reference reached the model"),
+    (run(["full"] * 4, first_anchor=6), "the first anchor is step 6, and the run has 4"),
+    (run(["full"] * 4, start_percent=0.99), "no step lies between start_percent 0.99 and end_percent 1"),
+    (run(["anchor"]), "too few steps: of 1, none is left"),
+    (run(["anchor"] * 3, update_interval=1), "every step is an anchor"),
+    (run(["anchor", "pruned"], kept=(4,), tau=1.0), "tau is 1"),
+    (run(["anchor", "pruned"], kept=(4,), min_keep=1.0), "min_keep is 1"),
+    (run(["skipped"] * 2), "a cache skipped every step"),
+])  # fmt: skip
+def test_why_nothing_was_pruned(made, why):
+    found = why_nothing(made)
+    assert found is None if why is None else why in found
+    assert ("Nothing was pruned" in text(made)) is (why is not None)

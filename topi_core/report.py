@@ -1,0 +1,148 @@
+"""A run in figures and as a short table: what it kept, what that took, and why nothing was pruned where nothing was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from . import cost
+from .overlay import kept_of
+from .trace import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """Times are medians in seconds, None where no such step was timed; the first step pays for loading and is not."""
+
+    anchors: int
+    full: int
+    pruned: int
+    skipped: int
+    full_seconds: float | None
+    pruned_seconds: float | None
+    measured: float | None
+    predicted: float
+    scoring_seconds: float
+    scoring_share: float
+
+
+def figures(run: Run) -> Figures:
+    kinds = [step.kind for step in run.steps]
+    scoring = {anchor.step: 0.0 for anchor in run.anchors}
+    for anchor in run.anchors:
+        scoring[anchor.step] += anchor.seconds
+    timed = run.steps[1:]
+    full = _median(step.seconds - scoring.get(step.index, 0.0) for step in timed if step.kind in ("full", "anchor"))
+    pruned = _median(step.seconds for step in timed if step.kind == "pruned")
+    anchors, whole, shorter = (kinds.count(kind) for kind in ("anchor", "full", "pruned"))
+    measured = None
+    if full and pruned:
+        measured = (
+            full * (anchors + whole + shorter) / ((anchors + whole) * full + shorter * pruned + sum(scoring.values()))
+        )
+    total = sum(step.seconds for step in run.steps)
+    return Figures(
+        anchors=anchors,
+        full=whole,
+        pruned=shorter,
+        skipped=kinds.count("skipped"),
+        full_seconds=full,
+        pruned_seconds=pruned,
+        measured=measured,
+        predicted=cost.speedup(run),
+        scoring_seconds=_median(scoring.values()) or 0.0,
+        scoring_share=sum(scoring.values()) / total if total else 0.0,
+    )
+
+
+def _median(values: Iterable[float]) -> float | None:
+    values = list(values)
+    return median(values) if values else None
+
+
+def why_nothing(run: Run) -> str | None:
+    """Why a run pruned nothing, in one sentence; None where it pruned something."""
+    s, steps = run.settings, len(run.steps)
+    if not steps:
+        return "the sampler made no step"
+    if run.context_tokens == 0:
+        return "no reference reached the model: connect ReferenceLatent, or a node like it, to the conditioning"
+    if not run.anchors:
+        if all(step.kind == "skipped" for step in run.steps):
+            return "a cache skipped every step"
+        if s.first_anchor >= steps:
+            return f"too few steps: the first anchor is step {s.first_anchor}, and the run has {steps}"
+        window = f"start_percent {s.start_percent:g} and end_percent {s.end_percent:g}"
+        return f"outside the window: no step lies between {window}"
+    if not any(step.kind == "pruned" for step in run.steps):
+        if s.update_interval == 1 and steps > 1:
+            return "update_interval is 1, so every step is an anchor and runs in full"
+        return f"too few steps: of {steps}, none is left after the anchor"
+    if all(anchor.share == 1 for anchor in run.anchors):
+        if s.tau == 1:
+            return "tau is 1, which keeps every token"
+        if s.min_keep == 1:
+            return "min_keep is 1, which keeps every token"
+        return f"no token could be spared for tau {s.tau:g}"
+    return None
+
+
+def text(run: Run) -> str:
+    """The short table."""
+    layers = f"scored in {', '.join(map(str, run.layers))}, pruned from {run.front_layers} on"
+    lines = [f"{run.family}, {run.depth} layers: {layers}"]
+    if run.settings:
+        lines[0] += f"; tau {run.settings.tau:g}, {run.settings.metric}"
+    why = why_nothing(run)
+    if why:
+        lines += ["", f"Nothing was pruned: {why}."]
+    if run.anchors:
+        lines += ["", *_aligned(_anchor_rows(run))]
+    if run.steps:
+        lines += ["", *_aligned(_step_rows(figures(run), pruned=why is None))]
+    return "\n".join(lines)
+
+
+def _anchor_rows(run: Run) -> list[list[str]]:
+    """One row an anchor; with a batch, the images' kept tokens in one cell."""
+    most = max(len(anchor.layout.reference_grids) for anchor in run.anchors)
+    names = ["reference kept"] if most == 1 else [f"reference {i} kept" for i in range(most)]
+    rows = [["anchor", "sigma", *names] + ["all"] * (most > 1)]
+    for anchor in run.anchors:
+        count = len(anchor.layout.reference_grids)
+        parts = [kept_of(anchor, i) for i in range(count)] + [anchor.kept] * (most > 1)
+        cells = [_kept(part.sum(1).tolist(), part.shape[1]) for part in parts]
+        cells[count:count] = [""] * (most - count)
+        rows.append([f"step {anchor.step}", f"{anchor.sigma:.3f}", *cells])
+    return rows
+
+
+def _kept(counts: Sequence[int], tokens: int) -> str:
+    share = sum(counts) / (len(counts) * tokens)
+    return f"{', '.join(map(str, counts))} of {tokens} ({share:.1%})"
+
+
+def _step_rows(f: Figures, pruned: bool) -> list[list[str]]:
+    rest = [f"{count} {kind}" for count, kind in ((f.full, "full"), (f.skipped, "skipped by a cache")) if count]
+    rows = [["steps", ", ".join([f"{f.anchors} anchor{'s' * (f.anchors != 1)}", f"{f.pruned} pruned", *rest])]]
+    rows.append(["full step", _seconds(f.full_seconds) or "not timed: only the first, which pays for loading"])
+    if f.pruned_seconds:
+        rows.append(["pruned step", _seconds(f.pruned_seconds)])
+    if f.measured and pruned:
+        step = f.full_seconds / f.pruned_seconds
+        rows.append(["speed-up", f"{f.measured:.2f}x the whole run, {step:.2f}x a pruned step"])
+    if pruned:
+        rows.append(["predicted", f"{f.predicted:.2f}x the whole run, by the count of operations"])
+    if f.anchors:
+        rows.append(["scoring", f"{1000 * f.scoring_seconds:.1f} ms an anchor, {f.scoring_share:.2%} of the run"])
+    return rows
+
+
+def _seconds(seconds: float | None) -> str:
+    return f"{seconds:.3f} s" if seconds else ""
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
