@@ -104,7 +104,7 @@ class Server:
 
 
 @contextlib.contextmanager
-def running(log: Path, name: str = "comfyui-topi", timeout: float = 120) -> Iterator[Server]:
+def running(log: Path, name: str = "comfyui-topi", timeout: float = 300) -> Iterator[Server]:
     """ComfyUI as its own process on a free port, with this pack as its only custom node, in a folder `name`.
 
     Its models and results go to a folder that is removed at the end; its words go to `log`.
