@@ -12,6 +12,7 @@ from ..topi_core.config import MODES, Settings, parse_layers
 from ..topi_core.influence import Metric
 from ..topi_core.trace import Trace
 from .attach import attach
+from .events import announcer
 from .families import family_of
 
 TraceType = io.Custom("TOPI_TRACE")
@@ -87,6 +88,7 @@ class ToPiPatch(io.ComfyNode):
                 io.Model.Output(tooltip="The model with ToPi; connect it to the sampler."),
                 TraceType.Output(display_name="trace", tooltip="What the runs kept; connect it to ToPi Mask Preview."),
             ],
+            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
@@ -123,4 +125,5 @@ class ToPiPatch(io.ComfyNode):
             metric=metric,
         )
         trace = Trace()
-        return io.NodeOutput(attach(model, family, settings, trace), trace)
+        node_id = cls.hidden.unique_id if cls.hidden else None  # none outside of a prompt
+        return io.NodeOutput(attach(model, family, settings, trace, announcer(node_id)), trace)

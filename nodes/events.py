@@ -1,0 +1,78 @@
+"""Tells the page at each anchor what is kept, while the sampler runs."""
+
+from __future__ import annotations
+
+import base64
+import logging
+from collections.abc import Callable
+from functools import partial
+from io import BytesIO
+
+import torch
+from comfy.cli_args import args
+from PIL import Image
+from server import PromptServer
+from torch import Tensor
+
+from ..topi_core.overlay import Geometry, draw, kept_of
+from ..topi_core.trace import Anchor, Run
+
+EVENT = "topi.anchor"
+SETTING = "topi.live"
+LARGEST = 256
+"""Longest side in pixels of what is sent for a reference."""
+
+log = logging.getLogger(__name__)
+
+
+def announcer(node_id: str | None) -> Callable[[Run, Anchor], None] | None:
+    """What `attach` shall call at each anchor of the model that this ToPi Patch node made."""
+    return None if node_id is None else partial(announce, node_id)
+
+
+def announce(node_id: str, run: Run, anchor: Anchor) -> None:
+    """Sends an anchor's mask to the browser that queued the run; never raises, as a view must not end a run.
+
+    All of it is on the CPU already, and the server sends it from its own thread.
+    """
+    try:
+        server = getattr(PromptServer, "instance", None)
+        if server is not None and _watched(server):
+            server.send_sync(EVENT, message(node_id, run, anchor), server.client_id)
+    except Exception:
+        log.warning("ToPi: the live view failed; sampling goes on", exc_info=True)
+
+
+def _watched(server: PromptServer) -> bool:
+    """Whether a browser is there to show it, and its user wants it; of several users, each page decides itself."""
+    present = server.client_id in server.sockets if server.client_id is not None else bool(server.sockets)
+    return present and (args.multi_user or server.user_manager.settings.get_settings(None).get(SETTING, True))
+
+
+def message(node_id: str, run: Run, anchor: Anchor) -> dict:
+    """Plain values, and a small picture of the references for each; of a batch, those of the first image."""
+    return {
+        "node": node_id,
+        "step": anchor.step,
+        "sigma": round(anchor.sigma, 4),
+        "share": anchor.share,
+        "tokens": anchor.layout.context_tokens,
+        "pictures": [_png(_overlay(run, anchor, i)) for i in range(len(anchor.references))],
+    }
+
+
+def _overlay(run: Run, anchor: Anchor, reference: int) -> Tensor:
+    """[h, w, 3] in 0..1, a pixel a latent cell."""
+    seen = anchor.references[reference]
+    picture = torch.full((1, *seen.size, 3), 0.5) if seen.picture is None else seen.picture[:1].float() / 255
+    place = Geometry(cells=seen.size, patch=run.patch, cell_pixels=1)
+    return draw(picture, place.mask(kept_of(anchor, reference)[0], seen.size)[None].float(), 0.8)[0]
+
+
+def _png(picture: Tensor) -> str:
+    """An RGB picture as a data URL."""
+    image = Image.fromarray(picture.mul(255).round().byte().numpy())
+    image.thumbnail((LARGEST, LARGEST))
+    file = BytesIO()
+    image.save(file, "PNG", compress_level=1)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
