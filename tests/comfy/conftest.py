@@ -14,9 +14,9 @@ import torch
 from topi_demo.runtime import use_comfyui
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-EXTRA_NODES = ("nodes_easycache.py", "nodes_torch_compile.py", "nodes_custom_sampler.py", "nodes_edit_model.py", "nodes_flux.py")
+EXTRA_NODES = ("easycache", "torch_compile", "custom_sampler", "edit_model", "flux")
 
-pytest.register_assert_rewrite("oracle", "runs")
+pytest.register_assert_rewrite("oracle", "sampling")
 COMFYUI = use_comfyui()
 
 import comfy.cli_args  # noqa: E402 (use_comfyui makes it importable)
@@ -33,6 +33,7 @@ def pytest_sessionfinish():
 def comfyui() -> SimpleNamespace:
     """ComfyUI with the nodes these tests use; the pack is linked into `custom_nodes` under another name."""
     import folder_paths
+
     import nodes
 
     folder_paths.set_user_directory(str(BASE / "user"))
@@ -42,8 +43,9 @@ def comfyui() -> SimpleNamespace:
 
     async def load():
         for name in EXTRA_NODES:
-            assert await nodes.load_custom_node(str(COMFYUI / "comfy_extras" / name), module_parent="comfy_extras"), name
-        await nodes.load_custom_node(str(pack))
+            file = COMFYUI / "comfy_extras" / f"nodes_{name}.py"
+            assert await nodes.load_custom_node(str(file), module_parent="comfy_extras"), name
+        assert await nodes.load_custom_node(str(pack)), "ComfyUI could not load the pack"
 
     asyncio.run(load())
     return SimpleNamespace(nodes=nodes.NODE_CLASS_MAPPINGS, pack=pack, folder=COMFYUI)

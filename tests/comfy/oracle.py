@@ -1,8 +1,8 @@
 """ToPi told a second time, in the slowest and plainest way, to compare the pack with.
 
 Nothing is ever gathered: every token stays in the sequence, and the keys of dropped tokens are hidden from all queries.
-The influence (Eq. 9) is computed a head at a time in float64 with a full attention matrix. It shares no code with the pack
-and uses other hooks: one attention override for everything, no block replacement.
+The influence (Eq. 9) is computed a head at a time in float64 with a full attention matrix. It shares no code with the
+pack and uses other hooks: one attention override for everything, no block replacement.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 from comfy.patcher_extension import WrappersMP
-from runs import difference, kept_sets, kinds, layer_inputs, patch, sample
+from sampling import difference, kept_sets, kinds, layer_inputs, patch, sample
 from small_models import Family
 from torch import Tensor
 
@@ -34,10 +34,22 @@ class Selection:
 class Oracle:
     """A model with ToPi's meaning and none of its savings. `anchors` lists (step, kept tokens of each image)."""
 
-    def __init__(self, family: Family, *, tau: float = 0.85, update_interval: int = 10, first_anchor: int = 0,
-                 layers: Iterable[int] | None = None, front_layers: int | None = None, min_keep: float = 0.0,
-                 max_keep: float = 1.0, start_percent: float = 0.0, end_percent: float = 1.0, metric: str = "influence",
-                 drop: bool = True):
+    def __init__(
+        self,
+        family: Family,
+        *,
+        tau: float = 0.85,
+        update_interval: int = 10,
+        first_anchor: int = 0,
+        layers: Iterable[int] | None = None,
+        front_layers: int | None = None,
+        min_keep: float = 0.0,
+        max_keep: float = 1.0,
+        start_percent: float = 0.0,
+        end_percent: float = 1.0,
+        metric: str = "influence",
+        drop: bool = True,
+    ):
         self.family = family
         self.tau, self.interval, self.first = tau, update_interval, first_anchor
         self.layers = set(layers or family.layers)
@@ -107,7 +119,7 @@ class Oracle:
     def find(self, refs: list[Tensor]) -> Selection:
         """By content; regions of other sizes score apart."""
         for selection in self.selections:
-            if selection.target == self.target and len(selection.refs) == len(refs) and all(map(_same, selection.refs, refs)):
+            if selection.target == self.target and _same(selection.refs, refs):
                 return selection
         self.selections.append(Selection([r.clone() for r in refs], self.target))
         return self.selections[-1]
@@ -123,7 +135,8 @@ class Oracle:
         return "anchor" if any(self.due(selection.step, step) for selection, _ in self.rows) else "pruned"
 
     def due(self, last: int | None, step: int) -> bool:
-        return last is None or step == last or (step - self.first) // self.interval > (last - self.first) // self.interval
+        period = (step - self.first) // self.interval
+        return last is None or step == last or period > (last - self.first) // self.interval
 
     def attend(self, func, q: Tensor, k: Tensor, v: Tensor, heads: int, mask=None, **kwargs):
         options = kwargs["transformer_options"]
@@ -181,8 +194,8 @@ class Oracle:
                 self.noted[step, number] = [self.select(influence) for influence in selection.influence]
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a, b)
+def _same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def _four_axes(mask: Tensor) -> Tensor:
@@ -192,8 +205,16 @@ def _four_axes(mask: Tensor) -> Tensor:
     return mask[:, None] if mask.ndim == 3 else mask
 
 
-def compare(family: Family, model, positive: list, negative: list | None = None, *, inputs: dict | None = None,
-            layers: tuple[int, ...] | None = None, **sampling) -> tuple[Tensor, object, Oracle]:
+def compare(
+    family: Family,
+    model,
+    positive: list,
+    negative: list | None = None,
+    *,
+    inputs: dict | None = None,
+    layers: tuple[int, ...] | None = None,
+    **sampling,
+) -> tuple[Tensor, object, Oracle]:
     """Samples with ToPi Patch and with the oracle: the same tokens are kept at the same steps, and the images agree."""
     inputs = {"tau": 0.8, "update_interval": 3} | (inputs or {})
     typed = {"layers": ",".join(map(str, layers))} if layers else {}

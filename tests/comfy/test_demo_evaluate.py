@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from runs import run_node
+from sampling import run_node
 from topi_core.layout import Layout
 from topi_demo.evaluate import AttentionShare, edit, held_out, markdown, measure
 

@@ -1,10 +1,12 @@
 """What ToPi computes, against the unpatched model and against the masking oracle, for every family."""
 
+import dataclasses
+
 import pytest
 import torch
-from oracle import FLOAT_ERROR, compare
-from runs import conditioning, difference, empty, last_run, latent, layer_inputs, patch, sample
-from small_models import FAMILIES, FLUX1, FLUX2, QWEN, load, shared
+from oracle import FLOAT_ERROR, Oracle, compare
+from sampling import conditioning, difference, empty, kept_sets, kinds, last_run, latent, layer_inputs, patch, sample
+from small_models import FAMILIES, FLUX1, FLUX2, QWEN, load, load_qwen_of_true_width, shared
 
 by_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 by_method = pytest.mark.parametrize(
@@ -53,17 +55,21 @@ def test_representative_layers_at_both_ends(family):
     positive = conditioning(family, [latent(family)])
     sample(patched, positive, latent=empty(family))
     _, other, _ = compare(
-        family, shared(family), positive, latent=empty(family),
-        inputs={"tau": 0.7, "front_layers": 1}, layers=(0, family.depth - 1),
+        family,
+        shared(family),
+        positive,
+        latent=empty(family),
+        inputs={"tau": 0.7, "front_layers": 1},
+        layers=(0, family.depth - 1),
     )
     assert torch.equal(last_run(trace).anchors[0].kept, last_run(other).anchors[0].kept)
 
 
 @by_family
 def test_the_share_of_attention_alone_is_the_score_of_the_attention_metric(family):
-    inputs = {"metric": "attention"}
-    _, trace, _ = compare(family, shared(family), conditioning(family, [latent(family)]), latent=empty(family), inputs=inputs)
-    _, other, _ = compare(family, shared(family), conditioning(family, [latent(family)]), latent=empty(family))
+    positive, start = conditioning(family, [latent(family)]), empty(family)
+    _, trace, _ = compare(family, shared(family), positive, latent=start, inputs={"metric": "attention"})
+    _, other, _ = compare(family, shared(family), positive, latent=start)
     assert not torch.equal(last_run(trace).anchors[0].kept, last_run(other).anchors[0].kept)
 
 
@@ -77,6 +83,19 @@ def test_qwen_2511_marks_its_reference_method_in_the_model():
     assert torch.equal(sample(patched, positive, latent=start), sample(model, positive, latent=start))
 
 
+def test_qwen_of_its_true_width():
+    """24 heads in bfloat16, as ComfyUI's loader detects a Qwen-Image-Edit 2511 file."""
+    model = load_qwen_of_true_width()
+    family = dataclasses.replace(QWEN, depth=1, layers=(0,), front_layers=0, double_blocks=1)
+    positive, start = conditioning(family, [latent(family, 8, 12)], width=3584), empty(family, 8, 8)
+    patched, trace = patch(model, tau=0.7, **layer_inputs(family))
+    image = sample(patched, positive, latent=start, steps=2)
+    oracle = Oracle(family, tau=0.7)
+    expected = sample(oracle.attach(model), positive, latent=start, steps=2)
+    assert kept_sets(trace) == oracle.anchors and kinds(trace) == ["anchor", "pruned"]
+    assert difference(image, expected) < 4 * torch.finfo(torch.bfloat16).eps
+
+
 @pytest.mark.parametrize("family", [FLUX1, FLUX2], ids=lambda f: f.name)
 def test_a_mask_over_the_full_sequence_is_realigned(family):
     """ComfyUI hands FLUX a mask [N, N] over text, target and references; some pairs are forbidden, some discouraged."""
@@ -87,11 +106,11 @@ def test_a_mask_over_the_full_sequence_is_realigned(family):
     refs = [latent(family), latent(family, 12, 20, seed=1)]
     positive = conditioning(family, refs, attention_mask=mask, attention_mask_img_shape=(8, 8))
     image, _, _ = compare(family, shared(family), positive, latent=empty(family))
-    assert difference(image, compare(family, shared(family), conditioning(family, refs), latent=empty(family))[0]) > 1e-3
+    without, _, _ = compare(family, shared(family), conditioning(family, refs), latent=empty(family))
+    assert difference(image, without) > 1e-3
     patched, _ = patch(shared(family), tau=1.0, **layer_inputs(family))
-    assert torch.equal(
-        sample(patched, positive, latent=empty(family)), sample(shared(family), positive, latent=empty(family))
-    )
+    start = empty(family)
+    assert torch.equal(sample(patched, positive, latent=start), sample(shared(family), positive, latent=start))
 
 
 def test_a_text_mask_of_qwen_is_respected():
@@ -106,8 +125,8 @@ def test_a_text_mask_of_qwen_is_respected():
 def test_pruning_to_a_crop_equals_a_cropped_reference(family):
     """Positions are never renumbered: the kept upper half of a reference is the reference cut in half.
 
-    At the anchor a mask hides the lower half, so that it has no influence. The mask belongs to a cond that is active at
-    the first step only; the other one has the same reference, hence the same selection, and no mask.
+    At the anchor a mask hides the lower half, so that it has no influence. The mask belongs to a cond that is active
+    at the first step only; the other one has the same reference, hence the same selection, and no mask.
     """
     model, start = shared(family), empty(family)
     whole = latent(family)
@@ -115,8 +134,9 @@ def test_pruning_to_a_crop_equals_a_cropped_reference(family):
     tokens = family.text_tokens + 64 + 64
     mask = torch.zeros(1, tokens, tokens)
     mask[:, :, -32:] = -1e4
-    masked = conditioning(family, [whole], "offset", attention_mask=mask, attention_mask_img_shape=(8, 8), end_percent=0.1)
+    first = {"attention_mask": mask, "attention_mask_img_shape": (8, 8), "end_percent": 0.1}
     later = {"start_percent": 0.1}
+    masked = conditioning(family, [whole], "offset", **first)
     inputs = {"min_keep": 0.5, "max_keep": 0.5, "layers": layer_inputs(family)["layers"], "front_layers": 0}
     patched, trace = patch(model, **inputs)
     image = sample(patched, masked + conditioning(family, [whole], "offset", **later), latent=start)

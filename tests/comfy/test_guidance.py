@@ -1,12 +1,12 @@
 """Cond and uncond: one call or several, changing between steps, with the same or with other references."""
 
-import nodes
 import pytest
-import torch
 from comfy.model_patcher import ModelPatcher
 from oracle import FLOAT_ERROR, compare
-from runs import conditioning, difference, empty, kept_sets, kinds, last_run, latent, layer_inputs, patch, sample
+from sampling import conditioning, difference, empty, kept_sets, kinds, last_run, latent, layer_inputs, patch, sample
 from small_models import FAMILIES, FLUX1, FLUX2, QWEN, shared
+
+import nodes
 
 by_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 
@@ -27,7 +27,9 @@ class MemoryComesAndGoes(ModelPatcher):
 
 
 def as_class(cls, model):
-    return cls(model.model, model.load_device, model.offload_device)
+    patcher = cls(model.model, model.load_device, model.offload_device)
+    patcher.parent = model  # like a clone, so that ComfyUI knows whose weights these are
+    return patcher
 
 
 @by_family
@@ -37,10 +39,9 @@ def test_how_conds_are_batched_changes_nothing(family, memory):
     refs = [latent(family)]
     positive, negative = conditioning(family, refs), conditioning(family, refs, seed=1)
     inputs = {"tau": 0.75, "update_interval": 2}
-    together, trace, _ = compare(family, shared(family), positive, negative, cfg=2.5, latent=empty(family), inputs=inputs)
-    apart, other, oracle = compare(
-        family, as_class(memory, shared(family)), positive, negative, cfg=2.5, latent=empty(family), inputs=inputs
-    )
+    sampling = dict(cfg=2.5, latent=empty(family), inputs=inputs)
+    together, trace, _ = compare(family, shared(family), positive, negative, **sampling)
+    apart, other, oracle = compare(family, as_class(memory, shared(family)), positive, negative, **sampling)
     assert kept_sets(other) == kept_sets(trace)
     assert difference(apart, together) < FLOAT_ERROR
     assert len({tuple(conds) for _, _, conds in oracle.calls}) == (2 if memory is ShortOfMemory else 3)
@@ -87,7 +88,8 @@ def test_conds_with_other_references_keep_their_own_selection(family):
 
 
 def test_cond_and_uncond_with_other_references():
-    positive, negative = conditioning(FLUX1, [latent(FLUX1, seed=1)]), conditioning(FLUX1, [latent(FLUX1, 12, 12, seed=2)])
+    positive = conditioning(FLUX1, [latent(FLUX1, seed=1)])
+    negative = conditioning(FLUX1, [latent(FLUX1, 12, 12, seed=2)])
     _, trace, _ = compare(FLUX1, shared(FLUX1), positive, negative, cfg=2.0, latent=empty(FLUX1))
     assert [a.layout.context_tokens for a in last_run(trace).anchors if a.step == 0] in ([64, 36], [36, 64])
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from oracle import Oracle
-from runs import conditioning, difference, empty, latent, sample
+from sampling import conditioning, difference, empty, latent, sample
 from small_models import FAMILIES, shared
 
 by_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)

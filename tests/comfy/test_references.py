@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from oracle import compare
-from runs import conditioning, empty, last_run, latent, layer_inputs, patch, sample
+from sampling import conditioning, empty, last_run, latent, layer_inputs, patch, sample
 from small_models import FAMILIES, FLUX1, FLUX2, QWEN, shared
 
 by_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)

@@ -8,7 +8,7 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import nodes
-from runs import patch, run_node
+from sampling import patch, run_node
 from topi_core.trace import Bits
 
 

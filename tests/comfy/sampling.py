@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import comfy.model_management
 import comfy.sample
 import node_helpers
-import nodes
 import torch
 from small_models import POOLED_WIDTH, TEXT_WIDTH, Family
 from torch import Tensor
+
+import nodes
 
 
 def latent(family: Family, height: int = 16, width: int = 16, batch: int = 1, seed: int = 0) -> Tensor:
@@ -23,11 +23,18 @@ def empty(family: Family, height: int = 16, width: int = 16, batch: int = 1) -> 
     return torch.zeros_like(latent(family, height, width, batch))
 
 
-def conditioning(family: Family, refs: list[Tensor] | None = None, method: str | None = None, seed: int = 0,
-                 tokens: int = 6, **values) -> list:
+def conditioning(
+    family: Family,
+    refs: list[Tensor] | None = None,
+    method: str | None = None,
+    seed: int = 0,
+    tokens: int = 6,
+    width: int = TEXT_WIDTH,
+    **values,
+) -> list:
     """What CLIPTextEncode, ReferenceLatent and FluxKontextMultiReferenceLatentMethod would make of a random prompt."""
     generator = torch.Generator().manual_seed(2000 + seed)
-    text = torch.randn(1, tokens, TEXT_WIDTH, generator=generator)
+    text = torch.randn(1, tokens, width, generator=generator)
     cond = [[text, {"pooled_output": torch.randn(1, POOLED_WIDTH, generator=generator)}]]
     for reference in refs or []:
         cond = node_helpers.conditioning_set_values(cond, {"reference_latents": [reference]}, append=True)
@@ -36,16 +43,28 @@ def conditioning(family: Family, refs: list[Tensor] | None = None, method: str |
     return node_helpers.conditioning_set_values(cond, values)
 
 
-def sample(model, positive: list, negative: list | None = None, *, latent: Tensor, cfg: float = 1.0, steps: int = 4,
-           sampler: str = "euler", scheduler: str = "simple", seed: int = 7, denoise: float = 1.0, callback=None,
-           **others) -> Tensor:
+def sample(
+    model,
+    positive: list,
+    negative: list | None = None,
+    *,
+    latent: Tensor,
+    cfg: float = 1.0,
+    steps: int = 4,
+    sampler: str = "euler",
+    scheduler: str = "simple",
+    seed: int = 7,
+    denoise: float = 1.0,
+    callback=None,
+    **others,
+) -> Tensor:
     """The KSampler node's work."""
     noise = comfy.sample.prepare_noise(latent, seed)
     with torch.inference_mode():
         return comfy.sample.sample(
             model, noise, steps, cfg, sampler, scheduler, positive, positive if negative is None else negative, latent,
             denoise=denoise, callback=callback, disable_pbar=True, seed=seed, **others,
-        )
+        )  # fmt: skip
 
 
 def run_node(name: str, **inputs) -> tuple:
@@ -80,9 +99,9 @@ def kinds(trace) -> list[str]:
 
 def kept_sets(trace) -> list[tuple[int, list[list[int]]]]:
     """(step, kept tokens of each image), one for each anchor of the newest run and each set of references."""
-    anchors = [(anchor.step, [row.nonzero().flatten().tolist() for row in anchor.kept]) for anchor in last_run(trace).anchors]
-    assert [step for step, _ in anchors] == sorted(step for step, _ in anchors)
-    return sorted(anchors)
+    anchors = last_run(trace).anchors
+    assert [anchor.step for anchor in anchors] == sorted(anchor.step for anchor in anchors)
+    return sorted((anchor.step, [row.nonzero().flatten().tolist() for row in anchor.kept]) for anchor in anchors)
 
 
 def difference(a: Tensor, b: Tensor) -> float:

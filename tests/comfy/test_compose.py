@@ -1,0 +1,293 @@
+"""ToPi with what else is put on a model: LoRA, caches, ControlNet, other packs' patches, weights in few bits."""
+
+import comfy.sd
+import pytest
+import torch
+from comfy.controlnet import ControlBase
+from comfy.patcher_extension import CallbacksMP
+from oracle import FLOAT_ERROR, Oracle, compare
+from sampling import (
+    conditioning,
+    difference,
+    empty,
+    kept_sets,
+    kinds,
+    last_run,
+    latent,
+    layer_inputs,
+    patch,
+    run_node,
+    sample,
+)
+from small_models import FAMILIES, FLUX1, FLUX2, QWEN, load, shared
+
+by_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+by_order = pytest.mark.parametrize("order", ["before", "after"])
+
+
+def with_lora(model):
+    """A LoRA of rank 4 on every projection of queries, keys and values."""
+    generator = torch.Generator().manual_seed(11)
+    lora = {}
+    for name, weight in model.model.diffusion_model.state_dict().items():
+        if any(name.endswith(end) for end in ("qkv.weight", "linear1.weight", "to_q.weight", "to_v.weight")):
+            name = f"diffusion_model.{name.removesuffix('.weight')}"
+            rows, columns = weight.shape
+            lora[f"{name}.lora_A.weight"] = torch.randn(4, columns, generator=generator) * columns**-0.5
+            lora[f"{name}.lora_B.weight"] = torch.randn(rows, 4, generator=generator) * 0.5
+    return comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0]
+
+
+@by_family
+def test_lora_before(family):
+    model, positive = load(family), conditioning(family, [latent(family)])
+    _, plain, _ = compare(family, model, positive, latent=empty(family))
+    _, trace, _ = compare(family, with_lora(model), positive, latent=empty(family))
+    assert kept_sets(trace) != kept_sets(plain)
+
+
+def test_lora_after_is_the_same_as_before():
+    model, positive = load(FLUX1), conditioning(FLUX1, [latent(FLUX1)])
+    before = sample(patch(with_lora(model), **layer_inputs(FLUX1))[0], positive, latent=empty(FLUX1))
+    patched, trace = patch(model, **layer_inputs(FLUX1))
+    assert torch.equal(sample(with_lora(patched), positive, latent=empty(FLUX1)), before)
+    assert "pruned" in kinds(trace)
+
+
+CACHE = {"reuse_threshold": 1.2, "start_percent": 0.1, "end_percent": 0.95}
+
+
+@by_order
+@pytest.mark.parametrize("cache", ["EasyCache", "LazyCache"])
+@pytest.mark.parametrize("family", [FLUX1, QWEN], ids=lambda f: f.name)
+def test_caches_that_skip_steps(family, cache, order):
+    """Skipped steps are skipped, and an anchor among them happens at the next step that is computed."""
+    positive, negative = conditioning(family, [latent(family)]), conditioning(family, [latent(family)], seed=1)
+    sampling = dict(latent=empty(family), cfg=1.5, steps=16)
+    inputs = {"tau": 0.75, "update_interval": 4}
+    model = shared(family)
+    if order == "before":
+        model = run_node(cache, model=model, **CACHE)[0]
+    patched, trace = patch(model, **inputs, **layer_inputs(family))
+    if order == "after":
+        patched = run_node(cache, model=patched, **CACHE)[0]
+    image = sample(patched, positive, negative, **sampling)
+
+    oracle = Oracle(family, **inputs)
+    expected = oracle.attach(run_node(cache, model=shared(family), **CACHE)[0])
+    assert difference(image, sample(expected, positive, negative, **sampling)) < FLOAT_ERROR
+    assert kept_sets(trace) == oracle.anchors
+    computed = {step for step, _, _ in oracle.calls}
+    assert {step.index for step in last_run(trace).steps if step.kind in ("anchor", "pruned")} == computed
+    late = [anchor.step for anchor in last_run(trace).anchors if anchor.step % 4]
+    assert late and len(computed) < 16
+
+
+def test_a_cache_that_skips_nothing_changes_nothing():
+    positive, start = conditioning(FLUX1, [latent(FLUX1)]), empty(FLUX1)
+    patched, _ = patch(shared(FLUX1), **layer_inputs(FLUX1))
+    cached = run_node("EasyCache", model=patched, reuse_threshold=0.0)[0]
+    assert torch.equal(sample(cached, positive, latent=start), sample(patched, positive, latent=start))
+
+
+class SmallControl(ControlBase):
+    """A control net without weights to load: what it adds to the target's tokens comes from the noisy latent."""
+
+    def __init__(self, family, outputs: bool):
+        super().__init__()
+        self.family, self.outputs = family, outputs
+
+    def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
+        patch = self.family.patch
+        cells = torch.nn.functional.avg_pool2d(x_noisy.reshape(x_noisy.shape[0], -1, *x_noisy.shape[-2:]), patch)
+        tokens = cells.flatten(2).mT  # [B, T, channels]
+        wide = tokens.repeat(1, 1, 256 // tokens.shape[-1])
+        layers = [wide.clone() * 0.2 * (i + 1) for i in range(4)]
+        return {"input": layers[: self.family.double_blocks], "output": [None, *layers[:2]] if self.outputs else []}
+
+    def copy(self):
+        control = SmallControl(self.family, self.outputs)
+        self.copy_to(control)
+        return control
+
+
+@by_family
+def test_controlnet(family):
+    """Its residuals go to the target's tokens, which stand before the references."""
+    refs, control = [latent(family)], SmallControl(family, outputs=family is not QWEN)
+    image, _, _ = compare(family, shared(family), conditioning(family, refs, control=control), latent=empty(family))
+    without, _, _ = compare(family, shared(family), conditioning(family, refs), latent=empty(family))
+    assert difference(image, without) > 1e-2
+
+
+def block_names(family):
+    singles = family.depth - family.double_blocks
+    return [("double_block", i) for i in range(family.double_blocks)] + [("single_block", i) for i in range(singles)]
+
+
+@by_order
+@by_family
+def test_block_replacements_of_others_are_still_called(family, order):
+    """They change what every block gives, and are called for every block and step."""
+    calls = []
+
+    def attach(model):
+        model = model.clone()
+        for name, number in block_names(family):
+
+            def replacement(args, extra, place=(name, number)):
+                calls.append(place)
+                out = extra["original_block"](args)
+                out["img"] = out["img"] * 1.02
+                return out
+
+            model.set_model_patch_replace(replacement, "dit", name, number)
+        return model
+
+    positive, start = conditioning(family, [latent(family)]), empty(family)
+    inputs = {"tau": 0.8, "update_interval": 3}
+    if order == "before":
+        patched, trace = patch(attach(shared(family)), **layer_inputs(family), **inputs)
+    else:
+        patched, trace = patch(shared(family), **layer_inputs(family), **inputs)
+        patched = attach(patched)
+    image = sample(patched, positive, latent=start)
+    assert calls == block_names(family) * 4
+    oracle = Oracle(family, **inputs)
+    assert difference(image, sample(oracle.attach(attach(shared(family))), positive, latent=start)) < FLOAT_ERROR
+    assert kept_sets(trace) == oracle.anchors
+    assert "pruned" in kinds(trace)
+
+
+@by_order
+@by_family
+def test_attention_overrides_of_others_are_still_called(family, order):
+    """Attention with another temperature, in every block of every step."""
+    lengths = []
+
+    def override(func, q, k, v, heads, *args, **kwargs):
+        lengths.append(k.shape[2])
+        return func(q * 0.9, k, v, heads, *args, **kwargs)
+
+    def attach(model):
+        model = model.clone()
+        model.model_options["transformer_options"]["optimized_attention_override"] = override
+        return model
+
+    positive, start = conditioning(family, [latent(family)]), empty(family)
+    inputs = {"tau": 0.8, "update_interval": 3}
+    if order == "before":
+        patched, trace = patch(attach(shared(family)), **layer_inputs(family), **inputs)
+    else:
+        patched, trace = patch(shared(family), **layer_inputs(family), **inputs)
+        patched = attach(patched)
+    image = sample(patched, positive, latent=start)
+    assert len(lengths) == 4 * family.depth and len(set(lengths)) == 2  # all, and what the first anchor left
+    oracle = Oracle(family, **inputs)
+    assert difference(image, sample(oracle.attach(attach(shared(family))), positive, latent=start)) < FLOAT_ERROR
+    assert kept_sets(trace) == oracle.anchors
+
+
+def test_other_wrappers_around_the_network_are_still_called():
+    """And see its arguments where they always are."""
+    seen = []
+
+    def wrapper(executor, *args, **kwargs):
+        seen.append(isinstance(args[-1], dict) and "sigmas" in args[-1])
+        return executor(*args, **kwargs)
+
+    before = shared(FLUX1).clone()
+    before.add_wrapper_with_key("diffusion_model", "other", wrapper)
+    patched, _ = patch(before, **layer_inputs(FLUX1))
+    patched.add_wrapper_with_key("diffusion_model", "another", wrapper)
+    sample(patched, conditioning(FLUX1, [latent(FLUX1)]), latent=empty(FLUX1))
+    assert seen == [True] * 8
+
+
+def test_of_two_patches_in_a_row_the_last_counts():
+    positive, start = conditioning(FLUX1, [latent(FLUX1)]), empty(FLUX1)
+    first, unused = patch(shared(FLUX1), tau=0.3, **layer_inputs(FLUX1))
+    second, trace = patch(first, tau=0.8, update_interval=2, **layer_inputs(FLUX1))
+    alone, _ = patch(shared(FLUX1), tau=0.8, update_interval=2, **layer_inputs(FLUX1))
+    assert torch.equal(sample(second, positive, latent=start), sample(alone, positive, latent=start))
+    assert len(trace.runs) == 1 and not unused.runs
+
+
+@by_order
+def test_a_compiled_model_is_refused_when_sampling_starts(order):
+    """TorchCompileModel, before or after; the sentence says what to do, and nothing is compiled."""
+    model = shared(FLUX1)
+    if order == "before":
+        model = run_node("TorchCompileModel", model=model, backend="inductor")[0]
+    model = patch(model, **layer_inputs(FLUX1))[0]
+    if order == "after":
+        model = run_node("TorchCompileModel", model=model, backend="inductor")[0]
+    with pytest.raises((RuntimeError, ValueError), match="TorchCompileModel") as refusal:
+        sample(model, conditioning(FLUX1, [latent(FLUX1)]), latent=empty(FLUX1))
+    assert "\n" not in str(refusal.value)
+
+
+@by_order
+def test_a_patch_that_changes_the_sequence_itself_is_named(order):
+    """FluxKVCache takes the references out of the sequence after the first step: there is nothing left to prune."""
+    model = shared(FLUX2)
+    if order == "before":
+        model = run_node("FluxKVCache", model=model)[0]
+    model = patch(model, **layer_inputs(FLUX2))[0]
+    if order == "after":
+        model = run_node("FluxKVCache", model=model)[0]
+    with pytest.raises(RuntimeError, match=r"640 tokens .* found 576; another patch") as refusal:
+        sample(model, conditioning(FLUX2, [latent(FLUX2)]), latent=empty(FLUX2))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn], ids=str)
+@by_family
+def test_weights_in_few_bits(family, dtype):
+    """tau = 1 is bit-equal, the selection is the oracle's, and a pruned step is near to masking but for rounding."""
+    model, start = load(family, dtype), empty(family)
+    assert model.model.diffusion_model.dtype == dtype
+    positive = conditioning(family, [latent(family)])
+    full, _ = patch(model, tau=1.0, **layer_inputs(family))
+    assert torch.equal(sample(full, positive, latent=start), sample(model, positive, latent=start))
+    patched, trace = patch(model, tau=0.8, **layer_inputs(family))
+    image = sample(patched, positive, latent=start, steps=2)
+    oracle = Oracle(family, tau=0.8)
+    expected = sample(oracle.attach(model), positive, latent=start, steps=2)
+    assert kept_sets(trace) == oracle.anchors
+    assert kinds(trace) == ["anchor", "pruned"]
+    rounding = torch.finfo(model.model.get_dtype_inference()).eps
+    assert difference(image, expected) < max(4 * rounding, FLOAT_ERROR)
+
+
+def test_partial_offloading():
+    """Half of the weights are cast when they are used, with a LoRA on them."""
+    model = with_lora(load(FLUX1))
+    positive, start = conditioning(FLUX1, [latent(FLUX1)]), empty(FLUX1)
+    whole, _ = patch(model, tau=0.8, **layer_inputs(FLUX1))
+    expected = sample(whole, positive, latent=start)
+    offloaded = []
+
+    def unload_half(patcher):
+        offloaded.append(patcher.partially_unload(torch.device("cpu"), patcher.model_size() // 2))
+
+    partial, trace = patch(model, tau=0.8, **layer_inputs(FLUX1))
+    partial.add_callback_with_key(CallbacksMP.ON_PRE_RUN, "half", unload_half)
+    assert difference(sample(partial, positive, latent=start), expected) < FLOAT_ERROR
+    assert offloaded[0] > 0 and partial.model.model_lowvram
+    assert "pruned" in kinds(trace)
+
+
+@pytest.mark.parametrize("family", [FLUX1, FLUX2], ids=lambda f: f.name)
+def test_the_stock_conditioning_nodes(family):
+    """ReferenceLatent twice, the method node and FluxGuidance give the same as the helper of these tests."""
+    refs = [latent(family), latent(family, 12, 20, seed=1)]
+    cond = conditioning(family)
+    for reference in refs:
+        (cond,) = run_node("ReferenceLatent", conditioning=cond, latent={"samples": reference})
+    (cond,) = run_node("FluxKontextMultiReferenceLatentMethod", conditioning=cond, reference_latents_method="index")
+    (cond,) = run_node("FluxGuidance", conditioning=cond, guidance=2.0)
+    image, _, _ = compare(family, shared(family), cond, latent=empty(family))
+    cond = conditioning(family, refs, "index", guidance=2.0)
+    same, _, _ = compare(family, shared(family), cond, latent=empty(family))
+    assert torch.equal(image, same)

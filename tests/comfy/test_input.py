@@ -1,0 +1,154 @@
+"""The node's inputs, and one sentence for each bad one: what was given, and what is allowed."""
+
+import logging
+
+import comfy.ldm.chroma.model
+import comfy.ldm.modules.diffusionmodules.openaimodel
+import comfy.ops
+import comfy.supported_models
+import pytest
+import torch
+from sampling import conditioning, empty, kinds, last_run, latent, patch, sample
+from small_models import FAMILIES, FLUX1, QWEN, patcher, random_weights, shared
+
+import nodes
+
+by_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+INPUTS = {  # id: (type, default, lowest, highest, advanced); workflows that people saved depend on all of it
+    "model": ("MODEL", None, None, None, False),
+    "tau": ("FLOAT", 0.85, 0, 1, False),
+    "update_interval": ("INT", 10, 1, 1000, False),
+    "mode": ("COMBO", "prune", None, None, False),
+    "profile": ("COMBO", "auto", None, None, False),
+    "layers": ("STRING", "", None, None, True),
+    "front_layers": ("INT", -1, -1, 200, True),
+    "first_anchor": ("INT", 0, 0, 1000, True),
+    "start_percent": ("FLOAT", 0.0, 0, 1, True),
+    "end_percent": ("FLOAT", 1.0, 0, 1, True),
+    "min_keep": ("FLOAT", 0.0, 0, 1, True),
+    "max_keep": ("FLOAT", 1.0, 0, 1, True),
+    "metric": ("COMBO", "influence", None, None, True),
+}
+
+
+def test_inputs_and_outputs_are_those_that_workflows_rely_on():
+    schema = nodes.NODE_CLASS_MAPPINGS["ToPiPatch"].GET_SCHEMA()
+    found = {
+        i.id: (i.get_io_type(), *(getattr(i, name, None) for name in ("default", "min", "max")), bool(i.advanced))
+        for i in schema.inputs
+    }
+    assert list(found) == list(INPUTS)
+    assert found == INPUTS
+    assert all(i.tooltip for i in schema.inputs)
+    assert [output.get_io_type() for output in schema.outputs] == ["MODEL", "TOPI_TRACE"]
+    options = {i.id: i.options for i in schema.inputs if hasattr(i, "options")}
+    assert options["mode"] == ["prune"]
+    assert options["metric"] == ["influence", "attention", "similarity", "random"]
+    assert options["profile"][0] == "auto" and len(options["profile"]) >= 3
+
+
+@pytest.mark.parametrize(
+    ("inputs", "given", "allowed"),
+    [
+        ({"layers": "a,b"}, "a,b", ","),
+        ({"layers": "1;2"}, "1;2", ","),
+        ({"layers": "1,,2"}, "1,,2", ","),
+        ({"layers": "1.5"}, "1.5", ","),
+        ({"layers": "99"}, "99", "7"),
+        ({"layers": "8"}, "8", "7"),
+        ({"layers": "-1"}, "-1", "7"),
+        ({"front_layers": 8}, "8", "7"),
+        ({"front_layers": 200}, "200", "7"),
+        ({"front_layers": -2}, "-2", "0"),
+        ({"min_keep": 0.6, "max_keep": 0.4}, "0.6", "0.4"),
+        ({"start_percent": 0.6, "end_percent": 0.4}, "0.6", "0.4"),
+        ({"profile": "no such profile"}, "no such profile", "auto"),
+        ({"mode": "merge"}, "merge", "prune"),
+        ({"metric": "luck"}, "luck", "influence"),
+        ({"tau": 1.3}, "1.3", "1"),
+        ({"tau": -0.1}, "-0.1", "0"),
+        ({"tau": float("nan")}, "nan", "1"),
+        ({"update_interval": 0}, "0", "1"),
+        ({"first_anchor": -1}, "-1", "0"),
+        ({"min_keep": -0.5}, "-0.5", "0"),
+        ({"max_keep": 1.5}, "1.5", "1"),
+        ({"start_percent": 2.0}, "2.0", "1"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_refused_when_the_node_runs(inputs, given, allowed):
+    with pytest.raises(ValueError) as refusal:
+        patch(shared(FLUX1), **({"layers": "1,4", "front_layers": 2} | inputs))
+    sentence = str(refusal.value)
+    assert given in sentence and allowed in sentence.replace(given, "", 1)
+    assert next(iter(inputs)) in sentence
+    assert "\n" not in sentence
+
+
+def test_a_profile_of_another_model_is_refused():
+    schema = nodes.NODE_CLASS_MAPPINGS["ToPiPatch"].GET_SCHEMA()
+    profiles = next(i.options for i in schema.inputs if i.id == "profile")[1:]
+    for profile in profiles:
+        with pytest.raises(ValueError, match=profile):
+            patch(shared(FLUX1), profile=profile)
+
+
+def test_layers_may_have_spaces_and_come_in_any_order():
+    _, trace = patched = patch(shared(FLUX1), layers=" 6, 1 ,4", front_layers=2)
+    sample(patched[0], conditioning(FLUX1, [latent(FLUX1)]), latent=empty(FLUX1), steps=2)
+    assert sorted(last_run(trace).layers) == [1, 4, 6]
+
+
+@by_family
+def test_auto_guesses_by_relative_depth_and_says_so(family, caplog):
+    """These small models have depths that nobody published layers for."""
+    with caplog.at_level(logging.INFO):
+        patched, trace = patch(shared(family))
+    assert "guess" in caplog.text
+    sample(patched, conditioning(family, [latent(family)]), latent=empty(family))
+    published, layers, front = (60, (35, 37, 42), 10) if family is QWEN else (57, (13, 18, 31), 10)
+    run = last_run(trace)
+    assert run.depth == family.depth
+    assert set(run.layers) <= {round(x * family.depth / published + d) for x in layers for d in (-0.5, 0, 0.5)}
+    assert abs(run.front_layers - front * family.depth / published) < 1
+    assert kinds(trace)[:2] == ["anchor", "pruned"]
+
+
+def test_layers_given_by_hand_are_no_guess(caplog):
+    with caplog.at_level(logging.INFO):
+        patch(shared(FLUX1), layers="1,4", front_layers=2)
+    assert "guess" not in caplog.text
+
+
+def chroma():
+    """Built like FLUX, with another class of network."""
+    settings = dict(
+        in_channels=64, out_channels=64, context_in_dim=48, hidden_size=256, mlp_ratio=4.0, num_heads=2, depth=1,
+        depth_single_blocks=1, axes_dim=[16, 56, 56], theta=10000, patch_size=2, qkv_bias=True, in_dim=64, out_dim=256,
+        hidden_dim=64, n_layers=1, txt_ids_dims=[], vec_in_dim=None,
+    )  # fmt: skip
+    network = comfy.ldm.chroma.model.Chroma(dtype=torch.float32, operations=comfy.ops.disable_weight_init, **settings)
+    return patcher(comfy.supported_models.Chroma(settings | {"image_model": "chroma"}), random_weights(network, 1))
+
+
+def stable_diffusion():
+    settings = dict(
+        image_size=32, in_channels=4, out_channels=4, model_channels=32, num_res_blocks=[1, 1], channel_mult=[1, 2],
+        transformer_depth=[1, 1], transformer_depth_output=[1, 1, 1, 1], transformer_depth_middle=1, context_dim=48,
+        num_heads=4, use_spatial_transformer=True, legacy=False, use_linear_in_transformer=False, adm_in_channels=None,
+        use_temporal_attention=False,
+    )  # fmt: skip
+    unet = comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel
+    network = unet(dtype=torch.float32, operations=comfy.ops.disable_weight_init, **settings)
+    return patcher(comfy.supported_models.SD15(settings), random_weights(network, 1))
+
+
+@pytest.mark.parametrize(
+    ("make", "name"), [(chroma, "Chroma"), (stable_diffusion, "UNetModel")], ids=["chroma", "sd15"]
+)
+def test_an_unsupported_model_is_named_with_the_supported_ones(make, name):
+    with pytest.raises(ValueError) as refusal:
+        patch(make())
+    sentence = str(refusal.value)
+    assert name in sentence and all(known in sentence for known in ("FLUX.1", "FLUX.2", "Qwen-Image"))
+    assert "\n" not in sentence
