@@ -30,10 +30,13 @@ class Group:
     watches: list[Stopwatch] = field(default_factory=list)  # the time that these scores took
     selection: Selection | None = None
 
+    def fits(self, layout: Layout) -> bool:
+        """Prompts of other lengths, as those of cond and uncond often are, share a selection; regions do not."""
+        mine = self.layout
+        return (mine.target_grid, mine.reference_grids) == (layout.target_grid, layout.reference_grids)
+
     def same(self, references: list[Tensor], layout: Layout) -> bool:
-        return self.layout == layout and all(
-            torch.equal(a, b) for a, b in zip(self.references, references, strict=True)
-        )
+        return self.fits(layout) and all(torch.equal(a, b) for a, b in zip(self.references, references, strict=True))
 
     def add(self, scores: Tensor, watches: list[Stopwatch], step: int, sigma: float) -> None:
         """Adds the influence of one call; the first call of a new anchor step starts afresh."""
@@ -133,7 +136,7 @@ class RunState:
         groups = []
         for i, cond in enumerate(conds):
             group = self.group_of_cond.get(cond)
-            if group is None or group.layout != layout:
+            if group is None or not group.fits(layout):
                 own = [reference[i * images : (i + 1) * images] for reference in references]
                 group = next((g for g in self.groups if g.same(own, layout)), None)
                 if group is None:

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from sampling import run_node
+
 from topi_core.layout import Layout
 from topi_demo.evaluate import AttentionShare, edit, held_out, markdown, measure
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingFlux
 from latent_preview import Latent2RGBPreviewer
+from sampling import run_node
 
 import nodes
-from sampling import run_node
 from topi_demo import codec
 from topi_demo.comfy_model import load
 from topi_demo.model import SHIFT, WEIGHTS, load_weights

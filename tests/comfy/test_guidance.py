@@ -32,7 +32,7 @@ def as_class(cls, model):
     return patcher
 
 
-@by_family
+@pytest.mark.parametrize("family", [FLUX1, QWEN], ids=lambda f: f.name)
 @pytest.mark.parametrize("memory", [ShortOfMemory, MemoryComesAndGoes])
 def test_how_conds_are_batched_changes_nothing(family, memory):
     """The selection comes from the sum over cond and uncond, in whatever calls they arrive."""

@@ -108,7 +108,7 @@ def test_an_error_inside_a_block_leaves_nothing(at):
     assert torch.equal(again, sample(patch(model, **layer_inputs(FLUX1))[0], positive, latent=start))
 
 
-@by_family
+@pytest.mark.parametrize("family", [FLUX1, QWEN], ids=lambda f: f.name)
 def test_one_patched_model_in_two_samplers(family):
     """With other references, sizes and batches, and back again: each is its own fresh run."""
     cases = [

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from sampling import patch, run_node
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import nodes
-from sampling import patch, run_node
 from topi_core.trace import Bits
 
 
