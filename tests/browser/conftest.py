@@ -1,0 +1,82 @@
+"""ComfyUI's real page in Chromium, with the pack on a real server; once in each of its two renderers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from page import Page
+from playwright.sync_api import BrowserContext, sync_playwright
+
+from tools.setup import CHROMIUM
+from topi_demo.server import Server, running
+
+OPTIONS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": False}
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    found = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    if found is None:
+        pytest.fail("the browser tests need Chromium, which is not here: `apt-get install chromium`", pytrace=False)
+    return found
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory) -> Iterator[Server]:
+    with running(tmp_path_factory.mktemp("server") / "log.txt") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def temp_folder(server) -> Path:
+    """Where the server keeps the pictures that nodes show."""
+    arguments = json.loads(server.get("/system_stats"))["system"]["argv"]
+    return Path(arguments[arguments.index("--base-directory") + 1]) / "temp"
+
+
+@pytest.fixture(scope="module")
+def browser(chromium, server, temp_folder, tmp_path_factory) -> Iterator[BrowserContext]:
+    """After what uses asyncio, which does not go together with Playwright's own loop."""
+    with sync_playwright() as playwright:
+        context = playwright.chromium.launch_persistent_context(
+            tmp_path_factory.mktemp("profile"),
+            executable_path=chromium,
+            args=OPTIONS,
+            viewport={"width": 1600, "height": 1000},
+        )
+        context.set_default_timeout(90_000)
+        yield context
+        context.close()
+
+
+@pytest.fixture(scope="module", params=["canvas", "vue"])
+def page(request, browser, server) -> Iterator[Page]:
+    """The quickstart, loaded from the template browser and run, in short."""
+    settings = SETTINGS | {"Comfy.VueNodes.Enabled": request.param == "vue"}
+    assert browser.request.post(f"{server.address}/settings", data=settings).ok
+    page = Page(browser.new_page(), server.address)
+    page.open()
+    assert page.run("LiteGraph.vueNodesMode") == (request.param == "vue")
+    page.load_template("topi_quickstart_demo")
+    for type_, name, value in (
+        ("KSampler", "steps", 4), ("ToPiPatch", "update_interval", 2), ("ToPiPatch", "tau", 0.6),
+        ("ToPiMaskPreview", "opacity", 1.0),
+    ):  # fmt: skip
+        page.set(type_, name, value)
+    page.queue()
+    yield page
+    page.close()
