@@ -169,8 +169,6 @@ def main() -> None:
         average.mean = state["mean"]
         for optim, kept in zip(optims, state["optims"], strict=True):
             optim.load_state_dict(kept)
-        rows = log.read_text().splitlines() if log.exists() else []
-        log.write_text("".join(row + "\n" for row in rows if json.loads(row)["step"] <= step))
         print(f"resumed at step {step}, {spent / 3600:.2f} h", flush=True)
 
     def save() -> None:
@@ -190,6 +188,10 @@ def main() -> None:
 
     if args.finish:
         return write()
+
+    if log.exists():  # what came after the checkpoint is done again
+        rows = log.read_text().splitlines()
+        log.write_text("".join(row + "\n" for row in rows if json.loads(row)["step"] <= step))
 
     # a resumed run continues with a stream of its own; repeating the first one's scenes would teach nothing new
     stream = batches(args.seed * 1_000_003 + step, args.batch)
