@@ -113,3 +113,9 @@ def storable(model: nn.Module, words: text.TextEncoder) -> dict[str, Tensor]:
     """Both state dicts as one, in float16, as the weight file holds them."""
     tensors = dict(model.state_dict()) | {_TEXT + k: v for k, v in words.state_dict().items()}
     return {k: v.to(torch.float16).contiguous() for k, v in tensors.items()}
+
+
+def restore(model: nn.Module, words: text.TextEncoder, tensors: dict[str, Tensor]) -> None:
+    """Puts what `storable` gave back into a trainable model and its text encoder."""
+    model.load_state_dict({k: v for k, v in tensors.items() if not k.startswith(_TEXT)})
+    words.load_state_dict({k.removeprefix(_TEXT): v for k, v in tensors.items() if k.startswith(_TEXT)})

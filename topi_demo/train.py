@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import codec, edits, text
-from .model import ARCHITECTURE, RANK, SHIFT, WEIGHTS, new_model, storable
+from .model import ARCHITECTURE, RANK, SHIFT, WEIGHTS, new_model, restore, storable
 from .scenes import draw, random_scene
 
 # Share of the batches by what they hold: (references, side in pixels, batch relative to the 128 pixel one) -> weight.
@@ -147,6 +147,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="checkpoint and log")
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--init", type=Path, help="weight file to go on from, where there is no checkpoint")
     parser.add_argument("--finish", action="store_true", help="write the averaged weights of the checkpoint and stop")
     args = parser.parse_args()
     if args.threads:
@@ -156,6 +157,8 @@ def main() -> None:
     model, words = new_model().to(args.device), text.TextEncoder(device=args.device)
     nn.init.normal_(words.word.weight, std=0.5)
     nn.init.normal_(words.place.weight, std=0.3)
+    if args.init:
+        restore(model, words, load_file(args.init))
     optims = optimizers(model, words, args.lr)
     average = Average([model, words], 0.998)
     args.run.mkdir(parents=True, exist_ok=True)
