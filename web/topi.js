@@ -33,6 +33,7 @@ function element(tag, className, content) {
 /** Puts an element on a node; nothing of it is saved with the workflow or sent with a prompt. */
 function addWidget(node, root, minHeight, onRemoved) {
   root.classList.add("topi");
+  root.style.minHeight = `${minHeight - 20}px`; // for the Vue renderer; the canvas asks getMinHeight, with its margins
   const widget = node.addDOMWidget("topi", "topi", root, {
     serialize: false,
     hideOnZoom: false,

@@ -24,7 +24,12 @@ OPTIONS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Workflow.ShowMissingModelsWarning": False}
+PACK = "comfyui-topi"
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,
+    "Comfy.Minimap.Visible": False,  # two cores draw all this without a GPU
+    "LiteGraph.Canvas.MaximumFps": 10,
+}
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +42,7 @@ def chromium() -> str:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory) -> Iterator[Server]:
-    with running(tmp_path_factory.mktemp("server") / "log.txt") as server:
+    with running(tmp_path_factory.mktemp("server") / "log.txt", PACK) as server:
         yield server
 
 
@@ -56,7 +61,7 @@ def browser(chromium, server, temp_folder, tmp_path_factory) -> Iterator[Browser
             tmp_path_factory.mktemp("profile"),
             executable_path=chromium,
             args=OPTIONS,
-            viewport={"width": 1600, "height": 1000},
+            viewport={"width": 1200, "height": 800},
         )
         context.set_default_timeout(90_000)
         yield context
@@ -71,7 +76,7 @@ def page(request, browser, server) -> Iterator[Page]:
     page = Page(browser.new_page(), server.address)
     page.open()
     assert page.run("LiteGraph.vueNodesMode") == (request.param == "vue")
-    page.load_template("topi_quickstart_demo")
+    page.load_template(PACK, "topi_quickstart_demo")
     for type_, name, value in (
         ("KSampler", "steps", 4), ("ToPiPatch", "update_interval", 2), ("ToPiPatch", "tau", 0.6),
         ("ToPiMaskPreview", "opacity", 1.0),

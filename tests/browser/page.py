@@ -55,9 +55,10 @@ class Page:
         self.wait("window.app?.rootGraph?.nodes && app.extensionManager?.workflow?.activeWorkflow")
         self.run(HELPERS)
 
-    def load_template(self, name: str) -> None:
+    def load_template(self, pack: str, name: str) -> None:
+        """From the template browser, where each pack has an entry of its own."""
         self.page.get_by_role("button", name="Templates").first.click()
-        self.page.get_by_placeholder("Search").first.fill(name)
+        self.page.get_by_role("dialog").get_by_role("button", name=pack).click()
         self.page.get_by_test_id(f"template-workflow-{name}").click()
         self.wait("topiTest.node('ToPiMaskPreview')")
 
