@@ -41,6 +41,7 @@ class Outcome:
     pruned: Tensor
     expected: Tensor
     kept: list[list[Tensor]]  # by anchor, the references with their kept tokens
+    plot: Tensor  # of ToPi Report
     shares: list[float]  # by anchor
     full_step: float
     pruned_step: float
@@ -98,6 +99,7 @@ def edit(server: Server, nodes: dict, workflow: dict, seed: int, instruction: st
         pruned=images(pruned, "SaveImage")[0][0],
         expected=images(pruned, "PreviewImage", "Expected")[0][0],
         kept=[list(references) for references in zip(*images(pruned, "ToPiMaskPreview"), strict=True)],
+        plot=images(pruned, "ToPiReport")[0][0],
         shares=[anchor["share"] for anchor in run["anchors"]],
         full_step=statistics.median(full.step_seconds),
         pruned_step=statistics.median(pruned_steps),
@@ -160,6 +162,20 @@ def _tile(images: list[Tensor], side: int) -> Image.Image:
     return tile
 
 
+def strip(outcome: Outcome, side: int = 384, gap: int = 12) -> Image.Image:
+    """What ToPi Mask Preview shows: a frame an anchor, one row a reference."""
+    rows = list(zip(*outcome.kept, strict=True))
+    canvas = Image.new("RGB", (len(rows[0]) * (side + gap) - gap, len(rows) * (side + gap) - gap), (250, 250, 248))
+    for j, row in enumerate(rows):
+        for i, frame in enumerate(row):
+            canvas.paste(_image(frame).resize((side, side), Image.NEAREST), (i * (side + gap), j * (side + gap)))
+    return canvas
+
+
+def _image(pixels: Tensor) -> Image.Image:
+    return Image.fromarray((pixels * 255).round().byte().numpy())
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m topi_demo.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("demo_output"), help="folder of the picture and the log")
@@ -178,9 +194,13 @@ def main() -> int:
         print(f"demo: {error}", file=sys.stderr)
         return 1
     picture(outcomes).save(args.out / "demo.png")
+    strip(outcomes[0]).save(args.out / "overlay.png")
+    _image(outcomes[0].plot).save(args.out / "plot.png")
     text = table(outcomes)
     (args.out / "demo.txt").write_text(text + "\n", encoding="utf-8")
-    print(f"\n{text}\n\nThe picture is {args.out / 'demo.png'}")
+    print(
+        f"\n{text}\n\nThe picture is {args.out / 'demo.png'}; overlay.png and plot.png beside it show the first edit's run"
+    )
     return 0
 
 
