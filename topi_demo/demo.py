@@ -198,9 +198,7 @@ def main() -> int:
     _image(outcomes[0].plot).save(args.out / "plot.png")
     text = table(outcomes)
     (args.out / "demo.txt").write_text(text + "\n", encoding="utf-8")
-    print(
-        f"\n{text}\n\nThe picture is {args.out / 'demo.png'}; overlay.png and plot.png beside it show the first edit's run"
-    )
+    print(f"\n{text}\n\nThe picture is {args.out / 'demo.png'}; overlay.png and plot.png show the run of its first row")
     return 0
 
 

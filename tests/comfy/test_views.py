@@ -1,6 +1,8 @@
 """ToPi Mask Preview, ToPi Report and ToPi Compare, on runs of the demo model."""
 
+import importlib
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -204,3 +206,27 @@ def test_compare(demo):
     assert run_node("ToPiCompare", image=a, reference=a)[:2] == (float("inf"), 1.0)
     with pytest.raises(ValueError, match=r"got 1 of 128 x 128 and 1 of 128 x 96"):
         run_node("ToPiCompare", image=a, reference=scene(1, 96, 128))
+
+
+def test_the_record_is_small_and_costs_less_than_half_a_percent(demo):
+    """What a run spends on its record, done again on the same data: masks, pictures of references, marks."""
+    trace, latent = run(demo, scene(1), tau=0.6)
+    newest = trace.runs[-1]
+    network_latent = torch.randn(1, 16, 16, 16)
+    package = nodes.NODE_CLASS_MAPPINGS["ToPiPatch"].__module__.rpartition(".")[0]
+    picture = importlib.import_module(f"{package}.picture").picture
+    started = time.perf_counter()
+    for _ in range(10):
+        seen = picture(network_latent, demo[0].get_model_object("latent_format"))
+        for anchor in newest.anchors:
+            Bits.of(anchor.kept)
+        newest.finish(latent["samples"])
+    recorded = (time.perf_counter() - started) / 10
+    total = sum(step.seconds for step in newest.steps)
+    assert recorded < 0.005 * total
+
+    anchors = {id(anchor.references): anchor.references for anchor in newest.anchors}
+    pictures = sum(reference.picture.nbytes for references in anchors.values() for reference in references)
+    assert pictures == seen.nbytes == 16 * 16 * 3  # once a run, a byte a channel and cell
+    assert [anchor.bits.packed.nbytes for anchor in newest.anchors] == [64 // 8] * 2
+    assert newest.marks.nbytes <= 4 * 256
