@@ -69,7 +69,7 @@ class Patch:
             raise RuntimeError(
                 "ToPi cannot prune a model that is sampled on several GPUs at once; remove one of the two"
             )
-        state = self._state(guider.model_patcher, arguments.get("seed") or 0)
+        state = self._state(guider.model_patcher, arguments.get("seed") or 0, arguments["noise"].shape[0])
         self.trace.runs.append(state.record)
 
         original = guider.model_options
@@ -83,7 +83,7 @@ class Patch:
         log.info("ToPi: %s", state.record.summary())
         return result
 
-    def _state(self, patcher: ModelPatcher, seed: int) -> RunState:
+    def _state(self, patcher: ModelPatcher, seed: int, images: int) -> RunState:
         s = self.settings
         latent_format = patcher.get_model_object("latent_format")
         network = patcher.get_model_object("diffusion_model")
@@ -101,7 +101,8 @@ class Patch:
         sampling = patcher.get_model_object("model_sampling")
         high = sampling.percent_to_sigma(s.start_percent)
         low = float("-inf") if s.end_percent == 1 else sampling.percent_to_sigma(s.end_percent)
-        return RunState(s, record, (high, low), seed, partial(picture, latent_format=latent_format), self.on_anchor)
+        draw = partial(picture, latent_format=latent_format)
+        return RunState(s, record, (high, low), seed, images, draw, self.on_anchor)
 
     def call(self, executor, *args, **kwargs):
         """DIFFUSION_MODEL: one call of the network."""
@@ -114,9 +115,14 @@ class Patch:
             return executor(*args, **kwargs)
 
         network, x, references = executor.class_obj, given["x"], given.get("ref_latents") or []
+        if x.shape[0] != len(options["uuids"]) * state.images:
+            self._warn_once(
+                "ToPi: another patch splits the batch that ComfyUI made of the prompts, so the model runs unpruned"
+            )
+            return executor(*args, **kwargs)
         grids = tuple(self.family.grid(network, reference) for reference in references)
         layout = Layout(given["context"].shape[1], self.family.grid(network, x), grids)
-        call = state.begin(options, references, layout, x.shape[0])
+        call = state.begin(options, references, layout)
         own = _with_replacements(options, self._changes(network, state, call))
         if "transformer_options" in kwargs:
             kwargs["transformer_options"] = own

@@ -91,13 +91,18 @@ class RunState:
         record: Run,
         window: tuple[float, float],
         seed: int,
+        images: int,
         picture: Callable[[Tensor], Tensor | None],
         on_anchor: Callable[[Run, Anchor], None] | None = None,
     ):
-        """window: highest and lowest sigma at which tokens are pruned; picture: latent [B, ...] -> uint8 RGB."""
+        """For a run that samples a batch of `images` latents and prunes between the two sigmas of `window`.
+
+        picture: latent [B, ...] -> uint8 RGB [B, h, w, 3].
+        """
         self.settings = settings
         self.record = record
         self.window = window
+        self.images = images
         self.picture = picture
         self.on_anchor = on_anchor
         self.generator = torch.Generator().manual_seed(seed)
@@ -107,10 +112,10 @@ class RunState:
         self.kept: dict[tuple[int, ...], Tensor] = {}  # by the groups of a call's chunks, until the next anchor
         self.open: OpenStep | None = None
 
-    def begin(self, options: dict, references: list[Tensor], layout: Layout, rows: int) -> Call:
+    def begin(self, options: dict, references: list[Tensor], layout: Layout) -> Call:
         """Decides what a call of the network does.
 
-        options: ComfyUI's transformer_options; rows: the call's batch rows; references [rows, ...], maybe none.
+        options: ComfyUI's transformer_options; references [rows of the call, ...], maybe none.
         """
         sigma = float(options["sigmas"][0])
         if self.schedule is None:
@@ -124,17 +129,15 @@ class RunState:
         self.record.context_tokens = max(self.record.context_tokens, layout.context_tokens)
         if not references:
             return Call(layout, [], "full", step, sigma)
-        chunks = self._groups(options, references, layout, rows)
+        chunks = self._groups(options, references, layout)
         call = Call(layout, chunks, self._kind(chunks, step, sigma), step, sigma)
         if call.kind == "pruned":
             call.kept = self._kept(chunks)
         return call
 
-    def _groups(self, options: dict, references: list[Tensor], layout: Layout, rows: int) -> list[Group]:
-        conds = options["uuids"]
-        images = rows // len(conds)
-        groups = []
-        for i, cond in enumerate(conds):
+    def _groups(self, options: dict, references: list[Tensor], layout: Layout) -> list[Group]:
+        images, groups = self.images, []
+        for i, cond in enumerate(options["uuids"]):
             group = self.group_of_cond.get(cond)
             if group is None or not group.fits(layout):
                 own = [reference[i * images : (i + 1) * images] for reference in references]

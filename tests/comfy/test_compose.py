@@ -291,3 +291,32 @@ def test_the_stock_conditioning_nodes(family):
     cond = conditioning(family, refs, "index", guidance=2.0)
     same, _, _ = compare(family, shared(family), cond, latent=empty(family))
     assert torch.equal(image, same)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_batch_that_another_patch_splits_runs_unpruned_and_says_so_once(batch, caplog):
+    """As packs do that run cond and uncond one after the other to save memory."""
+
+    def one_after_the_other(apply_model, args):
+        def part(value, i):
+            if isinstance(value, list):
+                return [part(one, i) for one in value]
+            return value.chunk(2)[i] if torch.is_tensor(value) and value.shape[0] == 2 * batch else value
+
+        conds = [{key: part(value, i) for key, value in args["c"].items()} for i in range(2)]
+        halves = zip(args["input"].chunk(2), args["timestep"].chunk(2), conds, strict=True)
+        return torch.cat([apply_model(x, sigma, **cond) for x, sigma, cond in halves])
+
+    model = load(FLUX1).clone()
+    positive, negative = (conditioning(FLUX1, [latent(FLUX1)], seed=seed) for seed in (0, 1))
+    settings = {"latent": empty(FLUX1, batch=batch), "cfg": 3.0}
+    model.set_model_unet_function_wrapper(one_after_the_other)
+    expected = sample(model, positive, negative, **settings)
+    patched, trace = patch(model, **layer_inputs(FLUX1))
+    caplog.clear()
+    assert torch.equal(sample(patched, positive, negative, **settings), expected)
+    assert [record.getMessage() for record in caplog.records if "splits the batch" in record.getMessage()] != []
+    assert not last_run(trace).anchors
+    caplog.clear()
+    sample(patched, positive, negative, **settings)
+    assert not any("splits the batch" in record.getMessage() for record in caplog.records)
