@@ -65,7 +65,7 @@ def why_nothing(run: Run) -> str | None:
     """Why a run pruned nothing, in one sentence; None where it pruned something."""
     s, steps = run.settings, len(run.steps)
     if not steps:
-        return "the sampler made no step"
+        return "the sampler made no step that ToPi could take part in (the log says why)"
     if run.context_tokens == 0:
         return "no reference reached the model: connect ReferenceLatent, or a node like it, to the conditioning"
     if not run.anchors:

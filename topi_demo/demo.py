@@ -18,6 +18,7 @@ from torch import Tensor
 
 from topi_core.metrics import psnr, ssim
 
+from .record import setting
 from .server import Server, ServerError, running
 from .workflow import ALWAYS, BYPASSED, MUTED, to_prompt
 
@@ -47,6 +48,7 @@ class Outcome:
     pruned_step: float
     full_run: float  # all steps but the first, which pays for loading
     pruned_run: float
+    predicted: float  # the whole run's speed-up by the count of operations
 
 
 def variant(workflow: dict, seed: int, instruction: str, topi: bool, tau: float) -> dict:
@@ -105,11 +107,12 @@ def edit(server: Server, nodes: dict, workflow: dict, seed: int, instruction: st
         pruned_step=statistics.median(pruned_steps),
         full_run=sum(full.step_seconds),
         pruned_run=sum(pruned.step_seconds),
+        predicted=run["figures"]["predicted"],
     )
 
 
 def table(outcomes: list[Outcome]) -> str:
-    head = ("instruction", "kept", "full step", "pruned step", "speed-up", "whole run",
+    head = ("instruction", "kept", "full step", "pruned step", "speed-up", "whole run", "cost model",
             "PSNR to full", "SSIM to full", "PSNR to expected: full", "ToPi")  # fmt: skip
     rows = [head]
     for o in outcomes:
@@ -117,12 +120,31 @@ def table(outcomes: list[Outcome]) -> str:
         rows.append((
             o.instruction, ", ".join(f"{share:.0%}" for share in o.shares),
             f"{1000 * o.full_step:.0f} ms", f"{1000 * o.pruned_step:.0f} ms", f"{o.full_step / o.pruned_step:.2f}x",
-            f"{o.full_run / o.pruned_run:.2f}x", f"{near[0]:.1f} dB", f"{_pair(ssim, o.pruned, o.full):.3f}",
+            f"{o.full_run / o.pruned_run:.2f}x", f"{o.predicted:.2f}x",
+            f"{near[0]:.1f} dB", f"{_pair(ssim, o.pruned, o.full):.3f}",
             f"{near[1]:.1f} dB", f"{near[2]:.1f} dB",
         ))  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join([lines[0], "-|-".join("-" * width for width in widths), *lines[1:]])
+
+
+def row(o: Outcome) -> dict:
+    """One edit's numbers as plain values; seconds, dB."""
+    return {
+        "instruction": o.instruction,
+        "shares": o.shares,
+        "seconds": {
+            "full step": o.full_step,
+            "pruned step": o.pruned_step,
+            "full run": o.full_run,
+            "pruned run": o.pruned_run,
+        },
+        "speedup": {"run": o.full_run / o.pruned_run, "predicted": o.predicted},
+        "psnr_to_full": _pair(psnr, o.pruned, o.full),
+        "ssim_to_full": _pair(ssim, o.pruned, o.full),
+        "psnr_to_expected": {"full": _pair(psnr, o.full, o.expected), "topi": _pair(psnr, o.pruned, o.expected)},
+    }
 
 
 def _pair(metric, a: Tensor, b: Tensor) -> float:
@@ -197,6 +219,9 @@ def main() -> int:
     strip(outcomes[0]).save(args.out / "overlay.png")
     _image(outcomes[0].plot).save(args.out / "plot.png")
     text = table(outcomes)
+    where = setting()
+    with (args.out / "demo.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row(o) | {"tau": args.tau} | where) + "\n" for o in outcomes)
     (args.out / "demo.txt").write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}\n\nThe picture is {args.out / 'demo.png'}; overlay.png and plot.png show the run of its first row")
     return 0

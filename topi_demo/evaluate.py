@@ -8,11 +8,8 @@ it. Runs ComfyUI's sampler in process.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import platform
 import random
-import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -28,8 +25,9 @@ from topi_core.layout import Layout
 from topi_core.metrics import psnr
 
 from . import codec, edits, text
-from .model import ARCHITECTURE, WEIGHTS
-from .runtime import VERSION, use_comfyui
+from .model import ARCHITECTURE
+from .record import setting
+from .runtime import use_comfyui
 
 RESULTS = Path(__file__).resolve().parent.parent / "bench" / "results" / "demo_quality.jsonl"
 SIDE, SAMPLER, SCHEDULER, GUIDANCE = 128, "euler", "simple", 2.5
@@ -107,17 +105,10 @@ def edit(
 def measure(count: int, seed: int, steps: int, kinds: list[str]) -> Iterator[dict]:
     """One row a kind of edit, then one row a layer for the kinds with one reference."""
     use_comfyui()
-    import comfy.model_management
-
     from .comfy_model import load
 
     objects = load()
-    setting = {
-        "commit": _commit(),
-        "weights": hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()[:16],
-        "device": comfy.model_management.get_torch_device_name(comfy.model_management.get_torch_device()),
-        "cpu": platform.processor() or platform.machine(),
-        "versions": {"comfyui": VERSION, "torch": torch.__version__, "python": platform.python_version()},
+    where = setting() | {
         "sampling": {"sampler": SAMPLER, "scheduler": SCHEDULER, "steps": steps, "side": SIDE, "seed": seed},
         "edits": count,
     }
@@ -144,19 +135,11 @@ def measure(count: int, seed: int, steps: int, kinds: list[str]) -> Iterator[dic
                 "psnr_of_codec": psnr(coded, batch.expected).tolist(),
                 "attention": fmean(share for step in listen.shares for share in step.values()),
                 "seconds": round(seconds, 2),
-                **setting,
+                **where,
             }
     for layer in range(ARCHITECTURE["depth"] + ARCHITECTURE["depth_single_blocks"] if by_layer else 0):
         course = [fmean(shares[step][layer] for shares in by_layer) for step in range(steps)]
-        yield {"what": "attention", "layer": layer, "share": fmean(course), "by_step": course, **setting}
-
-
-def _commit() -> str:
-    def git(*words: str) -> str:
-        return subprocess.run(("git", *words), capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+" if changed else "")
+        yield {"what": "attention", "layer": layer, "share": fmean(course), "by_step": course, **where}
 
 
 def markdown(rows: list[dict]) -> str:

@@ -58,7 +58,7 @@ def test_a_batch_is_counted_by_image():
 
 @pytest.mark.parametrize(("made", "why"), [
     (run(["anchor", "pruned"]), None),
-    (run([]), "the sampler made no step"),
+    (run([]), "the sampler made no step that ToPi could take part in (the log says why)"),
     (run(["full"] * 3, references=()), "no reference reached the model"),
     (run(["full"] * 4, first_anchor=6), "the first anchor is step 6, and the run has 4"),
     (run(["full"] * 4, start_percent=0.99), "no step lies between start_percent 0.99 and end_percent 1"),
