@@ -8,28 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from page import Page
-from playwright.sync_api import BrowserContext, sync_playwright
+from playwright.sync_api import BrowserContext
 
+from tools.page import PACK, Page, browser
 from tools.setup import CHROMIUM
 from topi_demo.server import Server, running
-
-OPTIONS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-PACK = "comfyui-topi"
-SETTINGS = {
-    "Comfy.TutorialCompleted": True,
-    "Comfy.Minimap.Visible": False,  # two cores draw all this without a GPU
-    "LiteGraph.Canvas.MaximumFps": 10,
-}
 
 
 @pytest.fixture(scope="session")
@@ -54,28 +37,17 @@ def temp_folder(server) -> Path:
 
 
 @pytest.fixture(scope="module")
-def browser(chromium, server, temp_folder, tmp_path_factory) -> Iterator[BrowserContext]:
-    """After what uses asyncio, which does not go together with Playwright's own loop."""
-    with sync_playwright() as playwright:
-        context = playwright.chromium.launch_persistent_context(
-            tmp_path_factory.mktemp("profile"),
-            executable_path=chromium,
-            args=OPTIONS,
-            viewport={"width": 1200, "height": 800},
-        )
-        context.set_default_timeout(90_000)
+def context(chromium, server, temp_folder, tmp_path_factory) -> Iterator[BrowserContext]:
+    """Opened after what uses asyncio."""
+    with browser(chromium, tmp_path_factory.mktemp("profile")) as context:
         yield context
-        context.close()
 
 
 @pytest.fixture(scope="module", params=["canvas", "vue"])
-def page(request, browser, server) -> Iterator[Page]:
+def page(request, context, server) -> Iterator[Page]:
     """The quickstart, loaded from the template browser and run, in short."""
-    settings = SETTINGS | {"Comfy.VueNodes.Enabled": request.param == "vue"}
-    assert browser.request.post(f"{server.address}/settings", data=settings).ok
-    page = Page(browser.new_page(), server.address)
-    page.open()
-    assert page.run("LiteGraph.vueNodesMode") == (request.param == "vue")
+    page = Page(context.new_page(), server.address)
+    page.open(vue=request.param == "vue")
     page.load_template(PACK, "topi_quickstart_demo")
     for type_, name, value in (
         ("KSampler", "steps", 4), ("ToPiPatch", "update_interval", 2), ("ToPiPatch", "tau", 0.6),

@@ -19,5 +19,5 @@ def test_help_names_all_inputs_and_its_pictures_are_there(comfyui, name):
     assert page.startswith(f"# {schema.display_name}\n")
     for field in schema.inputs:
         assert f"`{field.id}`" in page and field.tooltip
-    for picture in re.findall(r"!\[.*?\]\((.*?)\)", page):
-        assert (folder / picture).is_file()
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", page)
+    assert pictures and all((folder / picture).is_file() for picture in pictures)

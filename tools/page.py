@@ -1,8 +1,30 @@
-"""What a user does on ComfyUI's page, and sees there."""
+"""ComfyUI's page in Chromium: what a user does there, and sees. For the browser tests and the help pages' pictures."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
 import playwright.sync_api
+from playwright.sync_api import BrowserContext, sync_playwright
+
+OPTIONS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+PACK = "comfyui-topi"
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,
+    "Comfy.Minimap.Visible": False,  # two cores draw all this without a GPU
+    "LiteGraph.Canvas.MaximumFps": 10,
+}
 
 HELPERS = """
 window.topiTest = {
@@ -25,6 +47,18 @@ app.api.addEventListener("topi.anchor", ({ detail }) => topiTest.anchors.push(de
 """
 
 
+@contextlib.contextmanager
+def browser(chromium: str, profile: Path, height: int = 800) -> Iterator[BrowserContext]:
+    """chromium: its command; profile: a folder of its own. No asyncio while it is open: Playwright has its own loop."""
+    with sync_playwright() as playwright:
+        context = playwright.chromium.launch_persistent_context(
+            profile, executable_path=chromium, args=OPTIONS, viewport={"width": 1200, "height": height}
+        )
+        context.set_default_timeout(90_000)
+        yield context
+        context.close()
+
+
 class Page:
     def __init__(self, page: playwright.sync_api.Page, address: str):
         self.page = page
@@ -38,9 +72,13 @@ class Page:
     def wait(self, condition: str) -> None:
         self.page.wait_for_function(condition)
 
-    def open(self) -> None:
+    def open(self, vue: bool) -> None:
+        """In one of the two renderers."""
+        settings = SETTINGS | {"Comfy.VueNodes.Enabled": vue}
+        assert self.page.request.post(f"{self.address}/settings", data=settings).ok
         self.page.goto(self.address, wait_until="commit")
         self._started()
+        assert self.run("LiteGraph.vueNodesMode") == vue
 
     def reload(self) -> None:
         self.page.reload(wait_until="commit")
