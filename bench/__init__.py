@@ -1,0 +1,1 @@
+"""Measurements; each writes its raw rows to `results/`."""
