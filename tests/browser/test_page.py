@@ -142,5 +142,14 @@ def test_nothing_is_left_behind_with_a_removed_node(page):
     assert slider.evaluate("(slider) => slider.value") == value
 
 
+def test_the_help_of_a_node_has_its_picture(page):
+    page.page.keyboard.press("Escape")
+    page.look_at(PREVIEW)
+    page.run("app.canvas.selectNode(topiTest.node('ToPiMaskPreview'))")
+    page.page.get_by_test_id("info-button").click()
+    shown = "i.src.endsWith('/docs/ToPiMaskPreview.jpg') && i.naturalWidth"
+    page.wait(f"[...document.querySelectorAll('img')].some((i) => {shown})")
+
+
 def test_no_script_failed(page):
     assert page.errors == []
