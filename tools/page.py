@@ -100,6 +100,14 @@ class Page:
         self.page.get_by_test_id(f"template-workflow-{name}").click()
         self.wait("topiTest.node('ToPiMaskPreview')")
 
+    def new_tab(self) -> None:
+        """An empty workflow beside the others."""
+        self.run("app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
+        self.wait("!topiTest.node('ToPiMaskPreview')")
+
+    def to_tab(self, name: str) -> None:
+        self.page.get_by_test_id("topbar-workflow-tabs").get_by_text(name).click()
+
     def set(self, type_: str, widget: str, value) -> None:
         """Types a value into a node's widget."""
         self.run(

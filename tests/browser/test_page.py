@@ -79,9 +79,8 @@ def test_a_setting_turns_the_live_view_off(page):
 
 def test_it_survives_another_tab(page):
     before = counts(page), source(page).partition("&rand")[0]
-    page.run("app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
-    page.wait("!topiTest.node('ToPiMaskPreview')")
-    page.page.get_by_test_id("topbar-workflow-tabs").get_by_text("topi_quickstart_demo").click()
+    page.new_tab()
+    page.to_tab("topi_quickstart_demo")
     page.wait(f"topiTest.ready('{PREVIEW}')")
     assert (counts(page), source(page).partition("&rand")[0]) == before
     assert "2 anchors, 2 pruned" in page.text(REPORT)
@@ -93,7 +92,7 @@ def test_it_comes_back_when_the_run_ended_behind_another_tab(page):
     done = page.run("topiTest.done")
     page.run("app.queuePrompt(0).then(() => app.extensionManager.command.execute('Comfy.NewBlankWorkflow'))")
     page.wait(f"!topiTest.node('ToPiMaskPreview') && topiTest.done > {done}")
-    page.page.get_by_test_id("topbar-workflow-tabs").get_by_text("topi_quickstart_demo").click()
+    page.to_tab("topi_quickstart_demo")
     page.wait(f"topiTest.ready('{PREVIEW}') && topiTest.images('{PREVIEW}')[0].src !== '{before}'")
 
 
@@ -135,11 +134,12 @@ def test_nothing_is_left_behind_with_a_removed_node(page):
     page.look_at(PREVIEW)
     page.element(PREVIEW, "button").click()
     slider = page.element(PREVIEW, "input")
-    page.run("app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
-    page.wait("!topiTest.node('ToPiMaskPreview')")
+    page.new_tab()
     value = slider.evaluate("(slider) => slider.value")
     page.page.wait_for_timeout(1600)
     assert slider.evaluate("(slider) => slider.value") == value
+    page.to_tab("topi_quickstart_demo")
+    page.wait(f"topiTest.ready('{PREVIEW}')")
 
 
 def test_the_help_of_a_node_has_its_picture(page):
