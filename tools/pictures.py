@@ -1,17 +1,20 @@
-"""Takes the help pages' pictures from the real page: `python -m tools.pictures` after a change of the views."""
+"""Takes the pictures of the help pages and of the template browser from the real page: `python -m tools.pictures`."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
+from io import BytesIO
 from pathlib import Path
+
+from PIL import Image
 
 from topi_demo.server import running
 
 from .page import PACK, Page, browser
 from .setup import CHROMIUM
 
-DOCS = Path(__file__).resolve().parents[1] / "web" / "docs"
+ROOT = Path(__file__).resolve().parents[1]
 NODES = ("ToPiPatch", "ToPiMaskPreview", "ToPiReport", "ToPiCompare", "ToPiDemoModel", "ToPiDemoScene")
 ADD_COMPARE = """
 const compare = LiteGraph.createNode("ToPiCompare");
@@ -37,7 +40,10 @@ def main() -> None:
                 page.page.mouse.move(5, 500)
                 page.page.wait_for_timeout(1500)
                 node = page.page.locator(f"[data-node-id='{page.run('(type) => topiTest.node(type).id', name)}']")
-                node.screenshot(path=DOCS / f"{name}.jpg", quality=85, type="jpeg")
+                node.screenshot(path=ROOT / "web" / "docs" / f"{name}.jpg", quality=85, type="jpeg")
+            frame = context.request.get(page.run("topiTest.images('ToPiMaskPreview')[0].src")).body()
+            frame = Image.open(BytesIO(frame)).convert("RGB").resize((400, 400), Image.NEAREST)
+            frame.save(ROOT / "workflows" / "topi_quickstart_demo.jpg", quality=85)
 
 
 if __name__ == "__main__":
