@@ -23,11 +23,11 @@ from .server import Server, ServerError, running
 from .workflow import ALWAYS, BYPASSED, MUTED, to_prompt
 
 WORKFLOW = Path(__file__).resolve().parent.parent / "workflows" / "topi_quickstart_demo.json"
-EDITS = (
-    (1, "make the star cyan"),
+EDITS = (  # one a group of the grammar
+    (1, "replace the circle with a square"),
     (2, "make the background teal"),
-    (3, "move the circle right"),
-    (4, "make it night"),
+    (3, "shift the image left"),
+    (4, "make it autumn"),
     (5, "put the star of the second image into the first"),
 )
 
