@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import json
 import statistics
-import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ def main() -> None:
 
     asyncio.run(nodes.load_custom_node(str(ROOT)))
     node = nodes.NODE_CLASS_MAPPINGS
-    picture = sys.modules[node["ToPiPatch"].__module__.rpartition(".")[0] + ".picture"].picture
+    picture = import_module(".picture", node["ToPiPatch"].__module__.rpartition(".")[0]).picture
     model, clip, vae = node["ToPiDemoModel"].execute().result
     image, _ = node["ToPiDemoScene"].execute(seed=1, instruction="make it night").result
     reference = nodes.VAEEncode().encode(vae, image)[0]
