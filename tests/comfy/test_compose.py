@@ -54,6 +54,14 @@ def test_lora_after_is_the_same_as_before():
     assert "pruned" in kinds(trace)
 
 
+def patch_with(attach, order: str, family, **inputs):
+    """ToPi Patch with another pack's patch put on before or after it -> (model, trace)."""
+    if order == "before":
+        return patch(attach(shared(family)), **layer_inputs(family), **inputs)
+    patched, trace = patch(shared(family), **layer_inputs(family), **inputs)
+    return attach(patched), trace
+
+
 CACHE = {"reuse_threshold": 1.2, "start_percent": 0.1, "end_percent": 0.95}
 
 
@@ -146,11 +154,7 @@ def test_block_replacements_of_others_are_still_called(family, order):
 
     positive, start = conditioning(family, [latent(family)]), empty(family)
     inputs = {"tau": 0.8, "update_interval": 3}
-    if order == "before":
-        patched, trace = patch(attach(shared(family)), **layer_inputs(family), **inputs)
-    else:
-        patched, trace = patch(shared(family), **layer_inputs(family), **inputs)
-        patched = attach(patched)
+    patched, trace = patch_with(attach, order, family, **inputs)
     image = sample(patched, positive, latent=start)
     assert calls == block_names(family) * 4
     oracle = Oracle(family, **inputs)
@@ -176,11 +180,7 @@ def test_attention_overrides_of_others_are_still_called(family, order):
 
     positive, start = conditioning(family, [latent(family)]), empty(family)
     inputs = {"tau": 0.8, "update_interval": 3}
-    if order == "before":
-        patched, trace = patch(attach(shared(family)), **layer_inputs(family), **inputs)
-    else:
-        patched, trace = patch(shared(family), **layer_inputs(family), **inputs)
-        patched = attach(patched)
+    patched, trace = patch_with(attach, order, family, **inputs)
     image = sample(patched, positive, latent=start)
     assert len(lengths) == 4 * family.depth and len(set(lengths)) == 2  # all, and what the first anchor left
     oracle = Oracle(family, **inputs)
