@@ -37,7 +37,7 @@ BATCHES = {
 # Share of the one-reference edits.
 KINDS = {
     "recolour": 14, "remove": 11, "replace": 12, "move": 12, "background": 10, "night": 4, "invert": 4,
-    "blur": 5, "shift": 6, "zoom": 6, "winter": 5, "autumn": 5, "keep": 4,
+    "blur": 5, "shift": 6, "zoom": 8, "winter": 5, "autumn": 5, "keep": 4,
 }  # fmt: skip
 LOCAL_WEIGHT = 4.0  # how much more a latent cell counts where a local edit changes it
 DROP_TEXT = 0.05
