@@ -8,7 +8,7 @@ from typing import get_args
 from comfy_api.latest import io
 
 from ..topi_core import profiles
-from ..topi_core.config import MODES, Settings, parse_layers
+from ..topi_core.config import MODES, SPACINGS, Settings, parse_layers
 from ..topi_core.influence import Metric
 from ..topi_core.trace import Trace
 from .attach import attach
@@ -45,7 +45,9 @@ class ToPiPatch(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "mode", options=list(MODES), default="prune",
-                    tooltip="prune: dropped tokens leave the sequence until the next anchor, as in the paper.",
+                    tooltip="prune: dropped tokens leave the sequence until the next anchor, as in the paper. reuse: no "
+                    "reference token is computed between anchors, the picture sees the kept ones as they were then; "
+                    "faster and closer to the unpatched image, for memory.",
                 ),
                 io.Combo.Input(
                     "profile", options=["auto", *profiles.shipped()], default="auto",
@@ -62,6 +64,11 @@ class ToPiPatch(io.ComfyNode):
                 io.Int.Input(
                     "first_anchor", default=0, min=0, max=1000, advanced=True,
                     tooltip="The first anchor step; the steps before it run in full.",
+                ),
+                io.Combo.Input(
+                    "spacing", options=list(SPACINGS), default="auto", advanced=True,
+                    tooltip="steps: anchors every update_interval steps. sigma: as many, placed where the noise level "
+                    "changes most. auto: steps for prune, sigma for reuse.",
                 ),
                 io.Float.Input(
                     "start_percent", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True,
@@ -94,7 +101,7 @@ class ToPiPatch(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, tau, update_interval, mode, profile,
-        layers="", front_layers=-1, first_anchor=0, start_percent=0.0, end_percent=1.0,
+        layers="", front_layers=-1, first_anchor=0, spacing="auto", start_percent=0.0, end_percent=1.0,
         min_keep=0.0, max_keep=1.0, metric="influence",
     ) -> io.NodeOutput:  # fmt: skip
         network = model.get_model_object("diffusion_model")
@@ -117,6 +124,7 @@ class ToPiPatch(io.ComfyNode):
             tau=tau,
             update_interval=update_interval,
             mode=mode,
+            spacing=spacing,
             first_anchor=first_anchor,
             start_percent=start_percent,
             end_percent=end_percent,

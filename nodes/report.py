@@ -11,11 +11,11 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..topi_core.report import figures, text, why_nothing
-from ..topi_core.trace import Run
+from ..topi_core.trace import SHORTER, Run
 from .patch import TraceType
 
 SIZE = (960, 480)
-COLORS = {"full": "#8a8f98", "anchor": "#5b8def", "pruned": "#f2b705", "skipped": "#c04040"}
+COLORS = {"full": "#8a8f98", "anchor": "#5b8def", "pruned": "#f2b705", "reused": "#f2b705", "skipped": "#c04040"}
 
 
 class ToPiReport(io.ComfyNode):
@@ -52,6 +52,7 @@ def facts(run: Run) -> dict:
         "family": run.family,
         "layers": list(run.layers),
         "front_layers": run.front_layers,
+        "cache_bytes": run.cache_bytes,
         "anchors": [
             {"step": a.step, "sigma": a.sigma, "share": a.share, "context_tokens": a.layout.context_tokens}
             for a in run.anchors
@@ -97,7 +98,7 @@ def plot(run: Run) -> Tensor:
             pen.text((x + wide / 2, bottom + 6), str(step.index), "white", font, "ma")
         shares = _shares(run, step.index)
         share = sum(shares) / len(shares) if shares else share
-        level = bottom - (bottom - top) * (share if step.kind == "pruned" else 1.0)
+        level = bottom - (bottom - top) * (share if step.kind in SHORTER else 1.0)
         line += [(x, level), (x + wide, level)]
     pen.line(line, "white", 3)
     pen.line((left, top, left, bottom, right, bottom, right, top), "#5a5f68")

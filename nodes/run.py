@@ -1,10 +1,12 @@
-"""The state of one sampling run: which references share a selection, what they scored, what they keep."""
+"""The state of one sampling run: which references share a selection, what they scored, what they keep or reuse."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -12,10 +14,14 @@ from torch import Tensor
 from ..topi_core.config import Settings
 from ..topi_core.influence import attention_received, influence, random_score, similarity
 from ..topi_core.layout import Layout
+from ..topi_core.reuse import ContextCache, cache_bytes
 from ..topi_core.schedule import Schedule
 from ..topi_core.select import Selection, select
 from ..topi_core.stopwatch import Stopwatch
 from ..topi_core.trace import Anchor, Bits, Kind, Reference, Run, Step
+from .memory import room_for
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -51,11 +57,13 @@ class Call:
     """One call of the network: its rows are `chunks` x images, chunk by chunk."""
 
     layout: Layout
+    conds: tuple[object, ...]  # one a chunk
     chunks: list[Group]
     kind: Kind
     step: int
     sigma: float
-    kept: Tensor | None = None  # [B, K] into the context, on pruned calls that drop anything
+    kept: Tensor | None = None  # [B, K] into the context, on pruned calls that drop anything; K = 0 on reused ones
+    caches: list[ContextCache] = field(default_factory=list)  # one a chunk: to fill at an anchor, or to reuse
     scores: dict[int, Tensor] = field(default_factory=dict)  # layer -> [B, C]
     watch: Stopwatch = field(default_factory=Stopwatch)
     positions: dict[tuple, Tensor] = field(default_factory=dict)  # realigned `pe` and masks by their source
@@ -65,6 +73,11 @@ class Call:
     def tokens(self) -> int:
         dropped = 0 if self.kept is None else self.layout.context_tokens - self.kept.shape[1]
         return self.layout.tokens - dropped
+
+    @property
+    def keys(self) -> int | None:
+        """What an attention sees, where that is not the sequence."""
+        return self.tokens + self.caches[0].kept.shape[1] if self.kind == "reused" else None
 
 
 @dataclass
@@ -76,10 +89,13 @@ class OpenStep:
     started: float
     kind: Kind = "skipped"
     tokens: int = 0
+    keys: int | None = None
 
-    def note(self, kind: Kind, tokens: int) -> None:
-        self.kind = max(self.kind, kind, key=("skipped", "full", "pruned", "anchor").index)
-        self.tokens = max(self.tokens, tokens)
+    def note(self, call: Call) -> None:
+        kind = call.kind if call.computed else "skipped"
+        self.kind = max(self.kind, kind, key=get_args(Kind).index)
+        self.tokens = max(self.tokens, call.tokens)
+        self.keys = max(filter(None, (self.keys, call.keys)), default=None)
 
 
 class RunState:
@@ -110,7 +126,9 @@ class RunState:
         self.groups: list[Group] = []
         self.group_of_cond: dict[object, Group] = {}
         self.kept: dict[tuple[int, ...], Tensor] = {}  # by the groups of a call's chunks, until the next anchor
+        self.caches: dict[object, ContextCache] = {}  # by cond, when reusing
         self.open: OpenStep | None = None
+        self.crowded = False  # there was no room for a cache
 
     def begin(self, options: dict, references: list[Tensor], layout: Layout) -> Call:
         """Decides what a call of the network does.
@@ -121,19 +139,63 @@ class RunState:
         if self.schedule is None:
             s = self.settings
             sigmas = tuple(options["sample_sigmas"].tolist())
-            self.schedule = Schedule(sigmas, s.update_interval, s.first_anchor, *self.window)
+            self.schedule = Schedule(sigmas, s.update_interval, s.first_anchor, *self.window, s.anchor_spacing)
         step = self.schedule.step(sigma)
         if self.open is None or self.open.index != step:
             self._close_step()
             self.open = OpenStep(step, sigma, time.perf_counter())
         self.record.context_tokens = max(self.record.context_tokens, layout.context_tokens)
         if not references:
-            return Call(layout, [], "full", step, sigma)
+            return Call(layout, (), [], "full", step, sigma)
         chunks = self._groups(options, references, layout)
-        call = Call(layout, chunks, self._kind(chunks, step, sigma), step, sigma)
-        if call.kind == "pruned":
+        call = Call(layout, tuple(options["uuids"]), chunks, self._kind(chunks, step, sigma), step, sigma)
+        if self.settings.mode == "reuse":
+            self._reuse(call, references[0])
+        elif call.kind == "pruned":
             call.kept = self._kept(chunks)
         return call
+
+    def _reuse(self, call: Call, like: Tensor) -> None:
+        """Gives a call of the mode "reuse" the caches that it fills or reads; `like` has the call's dtype and device.
+
+        A cond that has none, or whose cache holds another number of tokens than those it shares the call with, gets
+        a new one: its call is an anchor.
+        """
+        if call.kind == "pruned":
+            for group in self.groups:
+                self._settle(group)
+            call.caches = [self._shrunk(*pair) for pair in zip(call.conds, call.chunks, strict=True)]
+            sizes = {cache and cache.kept.shape[1] for cache in call.caches}
+            call.kind = "reused" if len(sizes) == 1 and None not in sizes else "anchor"
+        if call.kind == "reused":
+            call.kept = torch.empty(1, 0, dtype=torch.long, device=like.device)
+        elif call.kind == "anchor":
+            for cond in call.conds:
+                self.caches.pop(cond, None)  # before the new ones take their room
+            size = cache_bytes(
+                self.record.depth, call.layout.context_tokens, self.record.hidden, like.element_size(), len(like)
+            )
+            room = None if self.crowded else room_for(size, like.device)
+            if room is None:
+                if not self.crowded:
+                    log.warning("ToPi: no room for %.1f GB of keys and values, so this run goes on in full", size / 1e9)
+                self.crowded, call.kind = True, "full"
+            else:
+                call.caches = [ContextCache(offload=room == "host") for _ in call.conds]
+
+    def _shrunk(self, cond: object, group: Group) -> ContextCache | None:
+        """The cond's cache with the kept tokens only; as many for all conds of its size, as they may share a call."""
+        cache = self.caches.get(cond)
+        if cache is not None and cache.kept is None:
+            alike = [g.selection for g in self.groups if g.selection and g.fits(group.layout)]
+            cache.shrink(group.selection.kept(max(count for selection in alike for count in selection.counts)))
+        return cache
+
+    def release(self) -> None:
+        """Lets go of what takes memory, also where an error keeps this object alive."""
+        self.caches.clear()
+        self.groups.clear()
+        self.group_of_cond.clear()
 
     def _groups(self, options: dict, references: list[Tensor], layout: Layout) -> list[Group]:
         images, groups = self.images, []
@@ -201,9 +263,11 @@ class RunState:
 
     def end(self, call: Call) -> None:
         """Takes over what a call scored, and notes it, unless a cache kept the network from running."""
-        self.open.note(call.kind if call.computed else "skipped", call.tokens)
+        self.open.note(call)
         if call.kind != "anchor" or not call.computed:
             return
+        self.caches |= zip(call.conds, call.caches, strict=False)  # no caches when pruning
+        self.record.cache_bytes = max(self.record.cache_bytes, sum(cache.nbytes for cache in self.caches.values()))
         missing = sorted(set(self.settings.layers) - set(call.scores))
         if missing:
             raise RuntimeError(
@@ -221,7 +285,8 @@ class RunState:
     def _close_step(self) -> None:
         if self.open is not None:
             seconds = time.perf_counter() - self.open.started
-            self.record.steps.append(Step(self.open.index, self.open.sigma, self.open.kind, self.open.tokens, seconds))
+            o = self.open
+            self.record.steps.append(Step(o.index, o.sigma, o.kind, o.tokens, seconds, o.keys))
             self.open = None
 
     def finish(self, latent: Tensor) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 from .influence import Metric
+from .schedule import Spacing
 
-MODES = ("prune",)
+MODES = ("prune", "reuse")
+SPACINGS = ("auto", "steps", "sigma")
 
 
 def _within(name: str, value: float, low: float, high: float) -> None:
@@ -29,7 +31,8 @@ def parse_layers(text: str) -> tuple[int, ...]:
 class Settings:
     """How to prune a model of `depth` layers; layers are counted over the whole stack from 0.
 
-    `layers` are the representative ones (Eq. 5); the first `front_layers` always see the full context.
+    `layers` are the representative ones (Eq. 5); the first `front_layers` always see the full context, when pruning.
+    `spacing` "auto" is "steps" for the mode prune, as in the paper, and "sigma" for reuse (`Schedule.anchors`).
     """
 
     depth: int
@@ -38,6 +41,7 @@ class Settings:
     tau: float = 0.85
     update_interval: int = 10
     mode: str = "prune"
+    spacing: Literal["auto", "steps", "sigma"] = "auto"
     first_anchor: int = 0
     start_percent: float = 0.0
     end_percent: float = 1.0
@@ -58,6 +62,8 @@ class Settings:
             )
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+        if self.spacing not in SPACINGS:
+            raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}, got {self.spacing!r}")
         if self.metric not in get_args(Metric):
             raise ValueError(f"metric must be one of {', '.join(get_args(Metric))}, got {self.metric!r}")
         if not self.layers:
@@ -67,3 +73,9 @@ class Settings:
             raise ValueError(f"layers must be in [0, {self.depth - 1}] for this model, got {wrong[0]}")
         if not 0 <= self.front_layers < self.depth:
             raise ValueError(f"front_layers must be in [0, {self.depth - 1}] for this model, got {self.front_layers}")
+
+    @property
+    def anchor_spacing(self) -> Spacing:
+        if self.spacing == "auto":
+            return "sigma" if self.mode == "reuse" else "steps"
+        return self.spacing

@@ -8,12 +8,15 @@ from statistics import median
 
 from . import cost
 from .overlay import kept_of
-from .trace import Run
+from .trace import SHORTER, Run
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """Times are medians in seconds, None where no such step was timed; the first step pays for loading and is not."""
+    """Times are medians in seconds, None where no such step was timed; the first step pays for loading and is not.
+
+    `pruned` and `pruned_seconds` are about the steps that ToPi made shorter, in whichever mode.
+    """
 
     anchors: int
     full: int
@@ -34,8 +37,9 @@ def figures(run: Run) -> Figures:
         scoring[anchor.step] += anchor.seconds
     timed = run.steps[1:]
     full = _median(step.seconds - scoring.get(step.index, 0.0) for step in timed if step.kind in ("full", "anchor"))
-    pruned = _median(step.seconds for step in timed if step.kind == "pruned")
-    anchors, whole, shorter = (kinds.count(kind) for kind in ("anchor", "full", "pruned"))
+    pruned = _median(step.seconds for step in timed if step.kind in SHORTER)
+    anchors, whole = kinds.count("anchor"), kinds.count("full")
+    shorter = sum(kind in SHORTER for kind in kinds)
     measured = None
     if full and pruned:
         measured = (
@@ -75,11 +79,11 @@ def why_nothing(run: Run) -> str | None:
             return f"too few steps: the first anchor is step {s.first_anchor}, and the run has {steps}"
         window = f"start_percent {s.start_percent:g} and end_percent {s.end_percent:g}"
         return f"outside the window: no step lies between {window}"
-    if not any(step.kind == "pruned" for step in run.steps):
+    if not any(step.kind in SHORTER for step in run.steps):
         if s.update_interval == 1 and steps > 1:
             return "update_interval is 1, so every step is an anchor and runs in full"
         return f"too few steps: of {steps}, none is left after the anchor"
-    if all(anchor.share == 1 for anchor in run.anchors):
+    if s.mode == "prune" and all(anchor.share == 1 for anchor in run.anchors):
         if s.tau == 1:
             return "tau is 1, which keeps every token"
         if s.min_keep == 1:
@@ -90,18 +94,30 @@ def why_nothing(run: Run) -> str | None:
 
 def text(run: Run) -> str:
     """The short table."""
-    layers = f"scored in {', '.join(map(str, run.layers))}, pruned from {run.front_layers} on"
+    layers = f"scored in {', '.join(map(str, run.layers))}"
+    if not _reuses(run):
+        layers += f", pruned from {run.front_layers} on"
     lines = [f"{run.family}, {run.depth} layers: {layers}"]
     if run.settings:
         lines[0] += f"; tau {run.settings.tau:g}, {run.settings.metric}"
     why = why_nothing(run)
     if why:
-        lines += ["", f"Nothing was pruned: {why}."]
+        lines += ["", f"Nothing was {_word(run)}: {why}."]
     if run.anchors:
         lines += ["", *_aligned(_anchor_rows(run))]
     if run.steps:
-        lines += ["", *_aligned(_step_rows(figures(run), pruned=why is None))]
+        lines += ["", *_aligned(_step_rows(figures(run), _word(run), shorter=why is None))]
+    if run.cache_bytes:
+        lines += ["", f"The kept keys and values took {run.cache_bytes / 1e6:,.1f} MB, until the run's end."]
     return "\n".join(lines)
+
+
+def _reuses(run: Run) -> bool:
+    return run.settings is not None and run.settings.mode == "reuse"
+
+
+def _word(run: Run) -> str:
+    return "reused" if _reuses(run) else "pruned"
 
 
 def _anchor_rows(run: Run) -> list[list[str]]:
@@ -123,16 +139,16 @@ def _kept(counts: Sequence[int], tokens: int) -> str:
     return f"{', '.join(map(str, counts))} of {tokens} ({share:.1%})"
 
 
-def _step_rows(f: Figures, pruned: bool) -> list[list[str]]:
+def _step_rows(f: Figures, word: str, shorter: bool) -> list[list[str]]:
     rest = [f"{count} {kind}" for count, kind in ((f.full, "full"), (f.skipped, "skipped by a cache")) if count]
-    rows = [["steps", ", ".join([f"{f.anchors} anchor{'s' * (f.anchors != 1)}", f"{f.pruned} pruned", *rest])]]
+    rows = [["steps", ", ".join([f"{f.anchors} anchor{'s' * (f.anchors != 1)}", f"{f.pruned} {word}", *rest])]]
     rows.append(["full step", _seconds(f.full_seconds) or "not timed: only the first, which pays for loading"])
     if f.pruned_seconds:
-        rows.append(["pruned step", _seconds(f.pruned_seconds)])
-    if f.measured and pruned:
+        rows.append([f"{word} step", _seconds(f.pruned_seconds)])
+    if f.measured and shorter:
         step = f.full_seconds / f.pruned_seconds
-        rows.append(["speed-up", f"{f.measured:.2f}x the whole run, {step:.2f}x a pruned step"])
-    if pruned:
+        rows.append(["speed-up", f"{f.measured:.2f}x the whole run, {step:.2f}x a {word} step"])
+    if shorter:
         rows.append(["predicted", f"{f.predicted:.2f}x the whole run, by the count of operations"])
     if f.anchors:
         rows.append(["scoring", f"{1000 * f.scoring_seconds:.1f} ms an anchor, {f.scoring_share:.2%} of the run"])

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+Spacing = Literal["steps", "sigma"]
 
 
 def step_of(sigma: float, sigmas: Sequence[float]) -> int:
@@ -27,6 +31,25 @@ class Schedule:
     first_anchor: int = 0
     high: float = float("inf")
     low: float = float("-inf")
+    spacing: Spacing = "steps"
+
+    @cached_property
+    def anchors(self) -> tuple[int, ...]:
+        """Steps that are anchors, ascending: every `update_interval` steps from `first_anchor` on (Eq. 11).
+
+        With the spacing "sigma" they are as many, but what sigma covers from one to the next is the same, as near as
+        whole steps allow: the context goes out of date by how far the picture has moved, not by how often.
+        """
+        even = range(self.first_anchor, len(self.sigmas) - 1, self.update_interval)
+        if self.spacing == "steps" or not even:
+            return tuple(even)
+        start, end = self.sigmas[self.first_anchor], self.sigmas[-1]
+        goals = [start + (end - start) * i / len(even) for i in range(len(even))]
+        anchors = [self.first_anchor]
+        for i, goal in enumerate(goals[1:], 1):
+            free = range(anchors[-1] + 1, len(self.sigmas) - 1 - (len(goals) - 1 - i))  # leaves room for the others
+            anchors.append(min(free, key=lambda step: abs(self.sigmas[step] - goal)))
+        return tuple(anchors)
 
     def step(self, sigma: float) -> int:
         return step_of(sigma, self.sigmas)
@@ -40,5 +63,4 @@ class Schedule:
 
         An anchor that was missed, as an outer cache skipped its step, is due until it happens.
         """
-        newest = step - (step - self.first_anchor) % self.update_interval
-        return last is None or last < newest <= step
+        return last is None or any(last < anchor <= step for anchor in self.anchors)

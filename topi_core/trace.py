@@ -13,7 +13,9 @@ from torch import Tensor
 from .config import Settings
 from .layout import Layout
 
-Kind = Literal["skipped", "full", "pruned", "anchor"]
+Kind = Literal["skipped", "full", "pruned", "reused", "anchor"]
+SHORTER: tuple[Kind, ...] = ("pruned", "reused")
+"""The steps that ToPi made shorter."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,10 @@ class Anchor:
 
 @dataclass(frozen=True)
 class Step:
-    """One sampling step; `tokens` is the sequence length of its pruned layers, `seconds` its whole time.
+    """One sampling step; `tokens` is the sequence length of its shortened layers, `seconds` its whole time.
 
-    A step is "skipped" when a cache inside of ToPi kept the network from running.
+    A step is "skipped" when a cache inside of ToPi kept the network from running. `keys` are how many tokens its
+    attention sees, where they are not those of the sequence: a "reused" step sees the kept ones without having them.
     """
 
     index: int
@@ -75,6 +78,7 @@ class Step:
     kind: Kind
     tokens: int
     seconds: float
+    keys: int | None = None
 
 
 @dataclass
@@ -83,7 +87,8 @@ class Run:
 
     A token covers `patch` x `patch` cells of a latent, a cell `cell_pixels` x `cell_pixels` pixels of its image.
     `hidden` and `linear` are the model's width and its layers' linear operations, as `cost.layer_flops` wants them.
-    `context_tokens` are the most that a call of the network had, whether or not they were ever scored.
+    `context_tokens` are the most that a call of the network had, whether or not they were ever scored; `cache_bytes`
+    the most that its kept keys and values took.
     """
 
     family: str
@@ -96,6 +101,7 @@ class Run:
     linear: int = 24
     settings: Settings | None = None
     context_tokens: int = 0
+    cache_bytes: int = 0
     anchors: list[Anchor] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     finished: bool = False
@@ -117,9 +123,12 @@ class Run:
         shares = ", ".join(f"{anchor.share:.0%}" for anchor in self.anchors)
         tokens = self.anchors[0].layout.context_tokens
         text = f"kept {shares} of {tokens} reference tokens at {len(self.anchors)} anchor{'s'[: len(self.anchors) > 1]}"
-        full, pruned = self.seconds(("full", "anchor")), self.seconds(("pruned",))
-        if full and pruned:
-            text += f"; a full step took {_mean(full):.3f} s, a pruned one {_mean(pruned):.3f} s"
+        full = self.seconds(("full", "anchor"))
+        for kind in SHORTER:
+            if full and (shorter := self.seconds((kind,))):
+                text += f"; a full step took {_mean(full):.3f} s, a {kind} one {_mean(shorter):.3f} s"
+        if self.cache_bytes:
+            text += f"; {self.cache_bytes / 1e6:.0f} MB of keys and values were kept"
         return text
 
 

@@ -1,0 +1,120 @@
+"""Keys and values that are kept, and the anchors between which they are used."""
+
+import pytest
+import torch
+
+from topi_core.config import Settings
+from topi_core.cost import layer_flops, speedup
+from topi_core.layout import Layout
+from topi_core.reuse import ContextCache, cache_bytes, extend, extend_mask
+from topi_core.schedule import Schedule
+from topi_core.trace import Anchor, Bits, Run, Step
+
+
+@pytest.fixture
+def pair():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(2, 3, 7, 4, generator=generator) for _ in range(2)]
+
+
+def test_a_cache_holds_copies(pair):
+    cache = ContextCache()
+    cache.put((0, 0), *pair)
+    expected = [x.clone() for x in pair]
+    for x in pair:
+        x.zero_()
+    assert all(map(torch.equal, cache.get((0, 0), torch.device("cpu")), expected))
+
+
+def test_shrinking_keeps_each_images_own_tokens(pair):
+    cache = ContextCache()
+    cache.put((0, 0), *pair)
+    cache.put((0, 1), *(x.transpose(1, 2).flatten(2) for x in pair))  # heads that are split later
+    kept = torch.tensor([[0, 2, 5], [1, 2, 6]])
+    cache.shrink(kept)
+    for heads_first, flat, x in zip(*(cache.get((0, i), torch.device("cpu")) for i in (0, 1)), pair, strict=True):
+        for image, own in enumerate(kept):
+            assert torch.equal(heads_first[image], x[image][:, own])
+            assert torch.equal(flat[image], x[image][:, own].transpose(0, 1).flatten(1))
+
+
+def test_keeping_every_token_changes_nothing(pair):
+    cache = ContextCache()
+    cache.put((0, 0), *pair)
+    cache.shrink(torch.arange(7).expand(2, 7))
+    assert all(map(torch.equal, cache.get((0, 0), torch.device("cpu")), pair))
+    assert cache.nbytes == sum(x.nbytes for x in pair) == cache_bytes(1, 7, 12, 4, 2)
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["heads first", "heads split later"])
+def test_extending_equals_concatenating(pair, flat):
+    k, cached = pair
+    if flat:
+        k, cached = (x.transpose(1, 2).flatten(2) for x in pair)
+    assert torch.equal(extend(k, [cached[:1], cached[1:]]), torch.cat((k, cached), -2))
+
+
+def test_what_is_reused_is_hidden_by_no_mask():
+    own = torch.tensor([[True, False]])
+    assert extend_mask(own, 2, 3).tolist() == [[True, False, True, True, True]]
+    assert extend_mask(own.float(), 2, 3).tolist() == [[1.0, 0.0, 0.0, 0.0, 0.0]]
+    whole = torch.zeros(1, 5)
+    assert extend_mask(whole, 2, 3) is whole
+
+
+def test_offloaded_to_the_host_it_is_the_same(pair):
+    cache = ContextCache(offload=True)
+    cache.put((0, 0), *pair)
+    assert all(map(torch.equal, cache.get((0, 0), torch.device("cpu")), pair))
+
+
+LINEAR = tuple(1 - i / 20 for i in range(21))
+
+
+def test_even_spacing_is_eq_11():
+    for interval, first in ((1, 0), (4, 0), (10, 3), (50, 0)):
+        even = Schedule(LINEAR, interval, first).anchors
+        assert even == tuple(i for i in range(20) if i >= first and (i - first) % interval == 0)
+
+
+def test_spacing_by_a_straight_sigma_is_even():
+    assert Schedule(LINEAR, 4, spacing="sigma").anchors == Schedule(LINEAR, 4).anchors
+
+
+@pytest.mark.parametrize("shift", [1.5, 3.0, 12.0])
+def test_spacing_by_sigma_covers_equal_parts_of_it(shift):
+    sigmas = tuple(shift * s / (1 + (shift - 1) * s) for s in LINEAR)
+    anchors = Schedule(sigmas, 4, spacing="sigma").anchors
+    assert len(anchors) == 5 and anchors[0] == 0 and list(anchors) == sorted(set(anchors)) and anchors[-1] < 20
+    for i, anchor in enumerate(anchors):
+        goal = 1 - i / 5
+        off = abs(sigmas[anchor] - goal)
+        others = [abs(s - goal) for step, s in enumerate(sigmas[:-1]) if step not in anchors and step < 16 + i]
+        assert off <= min(others) + 1e-9
+
+
+def test_a_missed_anchor_stays_due():
+    schedule = Schedule(tuple(1.5 * s / (1 + 0.5 * s) for s in LINEAR), 4, spacing="sigma")
+    second = schedule.anchors[1]
+    assert not schedule.due(second - 1, 0) and schedule.due(second, 0) and schedule.due(second + 1, 0)
+    assert not schedule.due(second + 1, second + 1)
+
+
+def test_spacing_follows_the_mode_unless_it_is_given():
+    common = dict(depth=4, layers=(1,), front_layers=0)
+    assert Settings(**common).anchor_spacing == "steps"
+    assert Settings(**common, mode="reuse").anchor_spacing == "sigma"
+    assert Settings(**common, mode="reuse", spacing="steps").anchor_spacing == "steps"
+    with pytest.raises(ValueError, match="spacing must be one of auto, steps, sigma, got 'even'"):
+        Settings(**common, spacing="even")
+
+
+def test_a_reused_step_costs_its_rows_and_its_keys():
+    """By hand, for one layer of width 2: 100 tokens, of which 40 are context and 10 are kept."""
+    assert layer_flops(60, 2, keys=70) == 4 * 60 * 70 * 2 + 24 * 60 * 4
+    layout = Layout(20, (5, 8), ((5, 8),))
+    kept = torch.arange(40)[None] < 10
+    anchor = Anchor(0, 1.0, layout, (), Bits.of(kept))
+    run = Run("flux1", 3, (1,), 2, hidden=2, anchors=[anchor])
+    run.steps = [Step(0, 1.0, "anchor", 100, 1.0), Step(1, 0.5, "reused", 60, 1.0, 70)]
+    assert speedup(run) == pytest.approx(2 * layer_flops(100, 2) / (layer_flops(100, 2) + layer_flops(60, 2, keys=70)))
