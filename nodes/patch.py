@@ -65,11 +65,6 @@ class ToPiPatch(io.ComfyNode):
                     "first_anchor", default=0, min=0, max=1000, advanced=True,
                     tooltip="The first anchor step; the steps before it run in full.",
                 ),
-                io.Combo.Input(
-                    "spacing", options=list(SPACINGS), default="auto", advanced=True,
-                    tooltip="steps: anchors every update_interval steps. sigma: as many, placed where the noise level "
-                    "changes most. auto: steps for prune, sigma for reuse.",
-                ),
                 io.Float.Input(
                     "start_percent", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True,
                     tooltip="Prune only from this part of the schedule on.",
@@ -90,6 +85,11 @@ class ToPiPatch(io.ComfyNode):
                     "metric", options=list(get_args(Metric)), default="influence", advanced=True,
                     tooltip="What a token is scored by: the paper's influence, or what its ablations compare it with.",
                 ),
+                io.Combo.Input(
+                    "spacing", options=list(SPACINGS), default="auto", advanced=True,
+                    tooltip="steps: anchors every update_interval steps. sigma: as many, placed where the noise level "
+                    "changes most. auto: steps for prune, sigma for reuse.",
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model with ToPi; connect it to the sampler."),
@@ -101,8 +101,8 @@ class ToPiPatch(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, tau, update_interval, mode, profile,
-        layers="", front_layers=-1, first_anchor=0, spacing="auto", start_percent=0.0, end_percent=1.0,
-        min_keep=0.0, max_keep=1.0, metric="influence",
+        layers="", front_layers=-1, first_anchor=0, start_percent=0.0, end_percent=1.0,
+        min_keep=0.0, max_keep=1.0, metric="influence", spacing="auto",
     ) -> io.NodeOutput:  # fmt: skip
         network = model.get_model_object("diffusion_model")
         family = family_of(network)
