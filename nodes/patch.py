@@ -45,8 +45,8 @@ class ToPiPatch(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "mode", options=list(MODES), default="prune",
-                    tooltip="prune: dropped tokens leave the sequence until the next anchor, as in the paper. reuse: no "
-                    "reference token is computed between anchors, the picture sees the kept ones as they were then; "
+                    tooltip="prune: dropped tokens leave the sequence until the next anchor, as in the paper. reuse: "
+                    "between anchors no reference token is computed, the picture sees the kept ones as they were; "
                     "faster and closer to the unpatched image, for memory.",
                 ),
                 io.Combo.Input(
