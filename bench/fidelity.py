@@ -1,0 +1,145 @@
+"""How near a run with ToPi comes to the full one, on the demo model: `python -m bench.fidelity`.
+
+Held-out edits with fixed seeds, as many of each of the paper's groups; every scenario makes all of them, and each image
+is compared with the full run's and with the one that was asked for. A row of the results is one scenario on one kind of
+edit, written as soon as it is measured: an interrupted benchmark goes on where it stopped. Speed-ups in here are the
+cost model's (appendix F); `bench.speed` measures them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import time
+from collections import defaultdict
+from pathlib import Path
+from statistics import fmean
+
+import torch
+
+from topi_core import cost
+from topi_core.metrics import psnr, ssim
+from topi_demo import codec
+from topi_demo.edits import GRAMMAR, GROUPS
+from topi_demo.evaluate import edit, held_out
+from topi_demo.record import setting
+from topi_demo.runtime import use_comfyui
+
+from .scenarios import SCENARIOS, SHORT, Scenario
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results" / "fidelity.jsonl"
+SEED = 0
+
+
+def kinds(count: int) -> dict[str, int]:
+    """How many edits of each kind make `count` of each group, evenly."""
+    return {kind: -(-count // sum(g == group for g, _ in GRAMMAR.values())) for kind, (group, _) in GRAMMAR.items()}
+
+
+def measure(scenarios: tuple[Scenario, ...], count: int, done: set[tuple]):
+    """Rows of what is not in `done`, kind by kind, so that each full run is made once."""
+    use_comfyui()
+    import nodes
+
+    asyncio.run(nodes.load_custom_node(str(ROOT)))
+    import comfy_extras.nodes_easycache as easycache
+
+    node = nodes.NODE_CLASS_MAPPINGS
+    model, clip, vae = node["ToPiDemoModel"].execute().result
+    where = setting()
+    for kind, number in kinds(count).items():
+        todo = [s for s in scenarios if (s.key, kind, number, where["weights"]) not in done]
+        if not todo:
+            continue
+        batch = held_out(kind, number)
+        coded = codec.decode(codec.encode(batch.expected))
+        full = {steps: edit((model, clip, vae), batch, SEED, steps) for steps in {s.steps for s in todo}}
+        for s in todo:
+            started = time.monotonic()
+            base = model
+            if s.easycache is not None:
+                base = easycache.EasyCacheNode.execute(model, s.easycache, 0.15, 0.95, False).result[0]
+            inputs = {"tau": 0.85, "update_interval": 10, "mode": "prune", "profile": "auto"} | s.inputs
+            patched, trace = node["ToPiPatch"].execute(base, **inputs).result
+            image = edit((patched, clip, vae), batch, SEED, s.steps)
+            run = trace.runs[-1]
+            computed = sum(step.kind != "skipped" for step in run.steps)
+            yield {
+                "what": "fidelity",
+                "scenario": s.key,
+                "inputs": inputs,
+                "easycache": s.easycache,
+                "steps": s.steps,
+                "kind": kind,
+                "group": GRAMMAR[kind][0],
+                "edits": number,
+                "references": len(batch.references),
+                "psnr": psnr(image, full[s.steps]).clamp(max=100).tolist(),
+                "ssim": ssim(image, full[s.steps]).tolist(),
+                "psnr_to_expected": psnr(image, coded).tolist(),
+                "psnr_of_full_to_expected": psnr(full[s.steps], coded).tolist(),
+                "kept": fmean(anchor.share for anchor in run.anchors),
+                "anchors": [anchor.step for anchor in run.anchors],
+                "predicted": cost.speedup(run) * len(run.steps) / computed,
+                "seconds": round(time.monotonic() - started, 2),
+                **where,
+            }
+
+
+def table(rows: list[dict], name: str) -> list[str]:
+    """One table in Markdown: dB and SSIM to the full run by group, with what was kept and the predicted speed-up."""
+    by_scenario = defaultdict(list)
+    for row in rows:
+        if row["scenario"].startswith(name + ": "):
+            by_scenario[row["scenario"].removeprefix(name + ": ")].append(row)
+    present = [g for g in GROUPS if any(row["group"] == g for of in by_scenario.values() for row in of)]
+    lines = [f"| {name} | " + " | ".join(present) + " | all | kept | cost model |", "|---" * (len(present) + 4) + "|"]
+    for scenario, of in by_scenario.items():
+        cells = [_near([row for row in of if row["group"] == group]) for group in present]
+        groups = [[row for row in of if row["group"] == group] for group in present]
+        kept, speed = (fmean(fmean(row[key] for row in group) for group in groups) for key in ("kept", "predicted"))
+        cells += [_near(of), f"{kept:.0%}", f"{speed:.2f}x"]
+        lines.append(f"| {scenario} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _near(rows: list[dict]) -> str:
+    values = [[v for row in rows for v in row[key]] for key in ("psnr", "ssim")]
+    return f"{fmean(values[0]):.1f}, {fmean(values[1]):.3f}" if values[0] else ""
+
+
+def markdown(rows: list[dict]) -> str:
+    names = dict.fromkeys(s.table for s in SCENARIOS)
+    present = [name for name in names if any(row["scenario"].startswith(name + ": ") for row in rows)]
+    return "\n\n".join("\n".join(table(rows, name)) for name in present)
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.fidelity", description=__doc__.splitlines()[0])
+    parser.add_argument("-n", type=int, default=64, help="held-out edits of each group")
+    parser.add_argument("--short", action="store_true", help="a few scenarios only")
+    parser.add_argument("--only", metavar="WORDS", help="scenarios whose name holds these words")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="only print the tables of the results that are there")
+    args = parser.parse_args()
+    if not args.table:
+        chosen = tuple(s for s in (SHORT if args.short else SCENARIOS) if not args.only or args.only in s.key)
+        done = {(row["scenario"], row["kind"], row["edits"], row["weights"]) for row in read(args.out)}
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with torch.inference_mode(), args.out.open("a", encoding="utf-8") as file:
+            for row in measure(chosen, args.n, done):
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                print(f"{row['kind']:10}  {row['scenario']:45}  {fmean(row['psnr']):5.1f} dB to the full run, "
+                      f"{row['kept']:4.0%} kept, {row['predicted']:.2f}x predicted", flush=True)  # fmt: skip
+    print(markdown(read(args.out)))
+
+
+if __name__ == "__main__":
+    main()
