@@ -1,0 +1,102 @@
+"""The mode "reuse" told a second time: nothing leaves the sequence, and it shares no code with the pack.
+
+At an anchor the context's keys and values of every layer are written down, for each cond. Between anchors the model
+still computes the whole sequence, but in every attention the context's keys and values are replaced by those that were
+written down, and those of dropped tokens are hidden. What the context's own rows become is of no consequence then.
+"""
+
+from __future__ import annotations
+
+import torch
+from oracle import FLOAT_ERROR, HIDDEN, Oracle, _four_axes
+from sampling import difference, kept_sets, kinds, layer_inputs, patch, sample
+from small_models import Family
+from torch import Tensor
+
+
+class ReuseOracle(Oracle):
+    def __init__(self, family: Family, anchors: tuple[int, ...] | None = None, **settings):
+        """anchors: where they are spaced by sigma."""
+        super().__init__(family, **settings)
+        self.given = anchors
+        self.noted_down: dict[tuple[object, int, int], tuple[Tensor, Tensor]] = {}  # (cond, layer, nth attention)
+        self.kept_by: dict[object, Tensor | None] = {}  # cond -> [images, C]; None until it is first used
+
+    def due(self, last: int | None, step: int) -> bool:
+        if self.given is None or last is None or step == last:
+            return super().due(last, step)
+        return any(last < anchor <= step for anchor in self.given)
+
+    def call(self, executor, *args, **kwargs):
+        options = next(a for a in (*args, *kwargs.values()) if isinstance(a, dict) and "cond_or_uncond" in a)
+        self.conds = list(options["uuids"])
+        self.met: dict[int, int] = {}
+        out = super().call(executor, *args, **kwargs)
+        if self.rows is not None and self.record:
+            self.kept_by |= dict.fromkeys(self.conds)
+        return out
+
+    def kind(self, step: int, sigma: float) -> str:
+        kind = super().kind(step, sigma)
+        if kind == "pruned" and any(cond not in self.kept_by for cond in self.conds):
+            return "anchor"
+        if kind == "pruned":
+            images = len(self.rows) // len(self.conds)
+            for number, cond in enumerate(self.conds):
+                if self.kept_by[cond] is None:
+                    mine = self.rows[number * images : (number + 1) * images]
+                    self.kept_by[cond] = self.choose_for(mine)
+            if len({int(self.kept_by[cond][0].sum()) for cond in self.conds}) > 1:
+                return "anchor"
+        return kind
+
+    def choose_for(self, rows: list) -> Tensor:
+        """As many tokens for every row of this size in the whole run."""
+        alike = [i for s in self.selections if s.target == self.target and len(s.influence) for i in s.influence]
+        longest = max(len(self.select(influence)) for influence in alike if len(influence) == self.context)
+        kept = torch.zeros(len(rows), self.context, dtype=torch.bool)
+        for row, (selection, image) in enumerate(rows):
+            kept[row, self.select(selection.influence[image], longest)] = True
+        return kept
+
+    def choose(self) -> Tensor:
+        return torch.cat([self.kept_by[cond] for cond in self.conds])
+
+    def attend(self, func, q: Tensor, k: Tensor, v: Tensor, heads: int, mask=None, **kwargs):
+        options = kwargs["transformer_options"]
+        layer = options["block_index"] + (self.family.double_blocks if options["block_type"] == "single" else 0)
+        self.computed = True
+        if self.rows is not None:
+            number = self.met[layer] = self.met.get(layer, -1) + 1
+            images = k.shape[0] // len(self.conds)
+            if self.record:
+                if layer in self.layers:
+                    self.score(q, k, v, mask)
+                for i, cond in enumerate(self.conds):
+                    rows = slice(i * images, (i + 1) * images)
+                    self.noted_down[cond, layer, number] = tuple(x[rows, :, -self.context :].clone() for x in (k, v))
+            if self.kept is not None:
+                pairs = [self.noted_down[cond, layer, number] for cond in self.conds]
+                k, v = k.clone(), v.clone()
+                k[:, :, -self.context :] = torch.cat([pair[0] for pair in pairs])
+                v[:, :, -self.context :] = torch.cat([pair[1] for pair in pairs])
+                hide = torch.zeros(k.shape[0], k.shape[2], dtype=q.dtype)
+                hide[:, -self.context :].masked_fill_(~self.kept, HIDDEN)
+                hide = hide[:, None, None]
+                mask = hide if mask is None else hide + _four_axes(mask)
+        return self.previous(func, q, k, v, heads, mask=mask, **kwargs)
+
+
+def compare_reuse(
+    family: Family, model, positive: list, negative: list | None = None, *, inputs: dict | None = None, **sampling
+) -> tuple[Tensor, object]:
+    """Samples in the mode "reuse" with ToPi Patch and with the oracle: the same tokens, and the same image."""
+    inputs = {"tau": 0.8, "update_interval": 3} | (inputs or {})
+    patched, trace = patch(model, mode="reuse", spacing="steps", **layer_inputs(family) | inputs)
+    image = sample(patched, positive, negative, **sampling)
+    oracle = ReuseOracle(family, **inputs)
+    expected = sample(oracle.attach(model), positive, negative, **sampling)
+    assert kept_sets(trace) == oracle.anchors
+    assert difference(image, expected) < FLOAT_ERROR
+    assert set(kinds(trace)) <= {"full", "anchor", "reused"} and "reused" in kinds(trace)
+    return image, trace
