@@ -112,10 +112,10 @@ class RunState:
         self.kept: dict[tuple[int, ...], Tensor] = {}  # by the groups of a call's chunks, until the next anchor
         self.open: OpenStep | None = None
 
-    def begin(self, options: dict, references: list[Tensor], layout: Layout) -> Call:
+    def begin(self, options: dict, references: list[Tensor], layout: Layout, device: torch.device) -> Call:
         """Decides what a call of the network does.
 
-        options: ComfyUI's transformer_options; references [rows of the call, ...], maybe none.
+        options: ComfyUI's transformer_options; references [rows of the call, ...], maybe none; device: where it runs.
         """
         sigma = float(options["sigmas"][0])
         if self.schedule is None:
@@ -132,7 +132,7 @@ class RunState:
         chunks = self._groups(options, references, layout)
         call = Call(layout, chunks, self._kind(chunks, step, sigma), step, sigma)
         if call.kind == "pruned":
-            call.kept = self._kept(chunks)
+            call.kept = self._kept(chunks, device)
         return call
 
     def _groups(self, options: dict, references: list[Tensor], layout: Layout) -> list[Group]:
@@ -156,14 +156,14 @@ class RunState:
         anchor = any(at == step or self.schedule.due(step, at) for at in last)
         return "anchor" if anchor else "pruned"
 
-    def _kept(self, chunks: list[Group]) -> Tensor | None:
+    def _kept(self, chunks: list[Group], device: torch.device) -> Tensor | None:
         for group in chunks:
             self._settle(group)
         key = tuple(id(group) for group in chunks)
         if key not in self.kept:
             count = max(count for group in chunks for count in group.selection.counts)
             kept = torch.cat([group.selection.kept(count) for group in chunks])
-            self.kept[key] = kept.to(chunks[0].references[0].device)
+            self.kept[key] = kept.to(device)
         kept = self.kept[key]
         return None if kept.shape[1] == chunks[0].layout.context_tokens else kept
 
@@ -190,11 +190,14 @@ class RunState:
             else:
                 call.scores[layer] = influence(received, v, call.layout)
 
-    def score_features(self, call: Call, layer: int, hidden: Tensor) -> None:
-        """Scores one representative layer from its input [B, N, W], for the metrics that need no attention."""
+    def score_features(self, call: Call, layer: int, hidden: Tensor, layout: Layout) -> None:
+        """Scores one representative layer from its input [B, N, W], for the metrics that need no attention.
+
+        layout: that of the input, which has no text where the text has a stream of its own.
+        """
         with call.watch.on(hidden.device):
             if self.settings.metric == "similarity":
-                call.scores[layer] = similarity(hidden, call.layout)
+                call.scores[layer] = similarity(hidden, layout)
             else:
                 score = random_score(hidden.shape[0] // len(call.chunks), call.layout.context_tokens, self.generator)
                 call.scores[layer] = score.repeat(len(call.chunks), 1).to(hidden.device, torch.float32)
