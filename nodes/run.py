@@ -130,10 +130,10 @@ class RunState:
         self.open: OpenStep | None = None
         self.crowded = False  # there was no room for a cache
 
-    def begin(self, options: dict, references: list[Tensor], layout: Layout) -> Call:
+    def begin(self, options: dict, references: list[Tensor], layout: Layout, device: torch.device) -> Call:
         """Decides what a call of the network does.
 
-        options: ComfyUI's transformer_options; references [rows of the call, ...], maybe none.
+        options: ComfyUI's transformer_options; references [rows of the call, ...], maybe none; device: where it runs.
         """
         sigma = float(options["sigmas"][0])
         if self.schedule is None:
@@ -150,13 +150,13 @@ class RunState:
         chunks = self._groups(options, references, layout)
         call = Call(layout, tuple(options["uuids"]), chunks, self._kind(chunks, step, sigma), step, sigma)
         if self.settings.mode == "reuse":
-            self._reuse(call, references[0])
+            self._reuse(call, references[0], device)
         elif call.kind == "pruned":
-            call.kept = self._kept(chunks)
+            call.kept = self._kept(chunks, device)
         return call
 
-    def _reuse(self, call: Call, like: Tensor) -> None:
-        """Gives a call of the mode "reuse" the caches that it fills or reads; `like` has the call's dtype and device.
+    def _reuse(self, call: Call, reference: Tensor, device: torch.device) -> None:
+        """Gives a call of the mode "reuse" the caches that it fills or reads.
 
         A cond that has none, or whose cache holds another number of tokens than those it shares the call with, gets
         a new one: its call is an anchor.
@@ -168,14 +168,13 @@ class RunState:
             sizes = {cache and cache.kept.shape[1] for cache in call.caches}
             call.kind = "reused" if len(sizes) == 1 and None not in sizes else "anchor"
         if call.kind == "reused":
-            call.kept = torch.empty(1, 0, dtype=torch.long, device=like.device)
+            call.kept = torch.empty(1, 0, dtype=torch.long, device=device)
         elif call.kind == "anchor":
             for cond in call.conds:
                 self.caches.pop(cond, None)  # before the new ones take their room
-            size = cache_bytes(
-                self.record.depth, call.layout.context_tokens, self.record.hidden, like.element_size(), len(like)
-            )
-            room = None if self.crowded else room_for(size, like.device)
+            run, tokens = self.record, call.layout.context_tokens
+            size = cache_bytes(run.depth, tokens, run.hidden, reference.element_size(), len(reference))
+            room = None if self.crowded else room_for(size, device)
             if room is None:
                 if not self.crowded:
                     log.warning("ToPi: no room for %.1f GB of keys and values, so this run goes on in full", size / 1e9)
@@ -218,14 +217,14 @@ class RunState:
         anchor = any(at == step or self.schedule.due(step, at) for at in last)
         return "anchor" if anchor else "pruned"
 
-    def _kept(self, chunks: list[Group]) -> Tensor | None:
+    def _kept(self, chunks: list[Group], device: torch.device) -> Tensor | None:
         for group in chunks:
             self._settle(group)
         key = tuple(id(group) for group in chunks)
         if key not in self.kept:
             count = max(count for group in chunks for count in group.selection.counts)
             kept = torch.cat([group.selection.kept(count) for group in chunks])
-            self.kept[key] = kept.to(chunks[0].references[0].device)
+            self.kept[key] = kept.to(device)
         kept = self.kept[key]
         return None if kept.shape[1] == chunks[0].layout.context_tokens else kept
 
@@ -252,11 +251,14 @@ class RunState:
             else:
                 call.scores[layer] = influence(received, v, call.layout)
 
-    def score_features(self, call: Call, layer: int, hidden: Tensor) -> None:
-        """Scores one representative layer from its input [B, N, W], for the metrics that need no attention."""
+    def score_features(self, call: Call, layer: int, hidden: Tensor, layout: Layout) -> None:
+        """Scores one representative layer from its input [B, N, W], for the metrics that need no attention.
+
+        layout: that of the input, which has no text where the text has a stream of its own.
+        """
         with call.watch.on(hidden.device):
             if self.settings.metric == "similarity":
-                call.scores[layer] = similarity(hidden, call.layout)
+                call.scores[layer] = similarity(hidden, layout)
             else:
                 score = random_score(hidden.shape[0] // len(call.chunks), call.layout.context_tokens, self.generator)
                 call.scores[layer] = score.repeat(len(call.chunks), 1).to(hidden.device, torch.float32)

@@ -50,18 +50,17 @@ def select(influence: Tensor, tau: float, min_keep: float = 0.0, max_keep: float
     return Selection(order, tuple(counts.clamp(low, high).tolist()))
 
 
-def realign(x: Tensor, start: int, kept: Tensor, dim: int = 1) -> Tensor:
+def realign(x: Tensor, context: slice, kept: Tensor, dim: int = 1) -> Tensor:
     """Drops the context tokens that are not kept (Eq. 12); hidden rows, positions and masks alike.
 
-    x [B or 1, ..., N, ...] with the context from `start` on along `dim`; kept [B, K], ascending
-    -> [B, ..., start + K, ...]
+    x [B or 1, ..., N, ...] with the context at `context` of `dim`; kept [B, K] into the context, ascending
+    -> [B, ..., N - C + K, ...]; what stands before and behind the context stays.
     """
     rows, count = kept.shape
-    head, context = x.narrow(dim, 0, start), x.narrow(dim, start, x.shape[dim] - start)
+    head, middle, tail = x.tensor_split((context.start, context.stop), dim)
     if rows == 1:
-        return torch.cat((head, context.index_select(dim, kept[0])), dim)
-    shape = [rows, *x.shape[1:]]
-    context = context.expand(*shape[:dim], -1, *shape[dim + 1 :])
+        return torch.cat((head, middle.index_select(dim, kept[0]), tail), dim)
+    head, middle, tail = (part.expand(rows, *part.shape[1:]) for part in (head, middle, tail))
     index = kept.view(rows, *[1] * (dim - 1), count, *[1] * (x.ndim - dim - 1))
-    index = index.expand(*shape[:dim], count, *shape[dim + 1 :])
-    return torch.cat((head.expand(*shape[:dim], -1, *shape[dim + 1 :]), context.gather(dim, index)), dim)
+    index = index.expand(*middle.shape[:dim], count, *middle.shape[dim + 1 :])
+    return torch.cat((head, middle.gather(dim, index), tail), dim)

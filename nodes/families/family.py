@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from ...topi_core.layout import Grid
+from ...topi_core.layout import Grid, Part
 
 
 class Block(NamedTuple):
-    """A block's name in `patches_replace["dit"]`: ("double_block", 3)."""
+    """One block. A double block's hidden states are those of the images, a single block's have the text as well."""
 
     kind: Literal["double_block", "single_block"]
     index: int
+    module: nn.Module | None = None
+    """Where ComfyUI has no block replacements: what to hook."""
+
+    @property
+    def name(self) -> tuple[str, int]:
+        """Its key in `patches_replace["dit"]`: ("double_block", 3)."""
+        return self.kind, self.index
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One family: how to recognise its network, its blocks in order, and the token grid of a latent.
-
-    A double block's hidden states are [target | references] beside the text, a single block's are
-    [text | target | references].
-    """
+    """One family: how to recognise its network, its blocks in order, and the token grid of a latent."""
 
     name: str
     label: str
@@ -34,6 +37,16 @@ class Family:
     hidden: Callable[[nn.Module], int]
     linear: int = 24
     """Linear operations of a layer, in units of tokens x hidden^2 (`topi_core.cost.layer_flops`)."""
+    patch: Callable[[nn.Module], int] = lambda network: network.patch_size
+    """Latent pixels a token, along one side."""
+    order: tuple[Part, Part, Part] = ("text", "target", "references")
+    """Of the tokens in the attention."""
+    pe_dim: int = 2
+    """The dimension of a block's positions that runs over the tokens."""
+    references: Callable[[nn.Module, Mapping], list[Tensor]] = lambda network, given: given.get("ref_latents") or []
+    """The reference latents that a call puts into the sequence, by its arguments."""
+    arguments: Mapping[str, str] | None = None
+    """For networks without block replacements: parameters of a block's forward -> their names in a `Change`."""
 
 
 def padded_grid(latent: Tensor, patch: int) -> Grid:
