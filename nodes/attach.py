@@ -77,6 +77,7 @@ class Patch:
         guider = executor.class_obj
         arguments = inspect.signature(executor.original).bind(*args, **kwargs).arguments
         _refuse_compiled(guider.model_patcher, guider.model_options)
+        _refuse_other_cache(guider.model_options)
         if "multigpu_clones" in guider.model_options:
             raise RuntimeError(
                 "ToPi cannot prune a model that is sampled on several GPUs at once; remove one of the two"
@@ -370,3 +371,13 @@ def _refuse_compiled(patcher: ModelPatcher, model_options: dict[str, Any]) -> No
     compiled = wrappers.get(WrappersMP.APPLY_MODEL, {}).get("torch.compile")
     if compiled or hasattr(patcher.get_model_object("diffusion_model"), "_orig_mod"):
         raise RuntimeError("ToPi cannot prune a compiled model yet: remove TorchCompileModel, or bypass ToPi Patch")
+
+
+def _refuse_other_cache(model_options: dict[str, Any]) -> None:
+    """ComfyUI's FluxKVCache takes the references out of the sequence after the first step, and adds its own keys."""
+    patches = model_options.get("transformer_options", {}).get("patches", {}).get("attn1_patch", [])
+    if any(type(patch).__name__ == "KV_Attn_Input" for patch in patches):
+        raise RuntimeError(
+            "ToPi cannot prune or reuse references that FluxKVCache has already taken out of the sequence: remove "
+            "FluxKVCache, or bypass ToPi Patch (its mode reuse does the same for any model, with refreshes)"
+        )

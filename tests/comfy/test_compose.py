@@ -228,15 +228,29 @@ def test_a_compiled_model_is_refused_when_sampling_starts(order):
 
 
 @by_order
-def test_a_patch_that_changes_the_sequence_itself_is_named(order):
-    """FluxKVCache takes the references out of the sequence after the first step: there is nothing left to prune."""
+@pytest.mark.parametrize("mode", ["prune", "reuse"])
+def test_flux_kv_cache_is_refused_by_name(order, mode):
+    """It takes the references out of the sequence after the first step: there is nothing left to prune or to reuse."""
     model = shared(FLUX2)
     if order == "before":
         model = run_node("FluxKVCache", model=model)[0]
-    model = patch(model, **layer_inputs(FLUX2))[0]
+    model = patch(model, mode=mode, **layer_inputs(FLUX2))[0]
     if order == "after":
         model = run_node("FluxKVCache", model=model)[0]
-    with pytest.raises(RuntimeError, match=r"640 tokens .* found 576; another patch") as refusal:
+    with pytest.raises(RuntimeError, match=r"remove FluxKVCache, or bypass ToPi Patch") as refusal:
+        sample(model, conditioning(FLUX2, [latent(FLUX2)]), latent=empty(FLUX2))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("mode", ["prune", "reuse"])
+def test_another_patch_that_drops_references_is_named(mode):
+    def drop(inputs):
+        return inputs | {"img": inputs["img"][:, :64]}
+
+    model = shared(FLUX2).clone()
+    model.set_model_post_input_patch(drop)
+    model = patch(model, mode=mode, **layer_inputs(FLUX2))[0]
+    with pytest.raises(RuntimeError, match=r"another patch") as refusal:
         sample(model, conditioning(FLUX2, [latent(FLUX2)]), latent=empty(FLUX2))
     assert "\n" not in str(refusal.value)
 

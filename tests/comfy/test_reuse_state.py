@@ -1,0 +1,157 @@
+"""The mode "reuse": its memory, what becomes of it, and what else is put on a model."""
+
+import gc
+
+import comfy.model_management
+import pytest
+import torch
+from oracle import FLOAT_ERROR
+from reuse_oracle import ReuseOracle, compare_reuse
+from sampling import (
+    conditioning,
+    difference,
+    empty,
+    kinds,
+    last_run,
+    latent,
+    layer_inputs,
+    patch,
+    run_node,
+    sample,
+)
+from small_models import FLUX1, FLUX2, HIDDEN, QWEN, shared
+from test_compose import CACHE, SmallControl, with_lora
+
+import nodes
+
+REUSE = {"mode": "reuse", "tau": 0.75, "update_interval": 3}
+
+
+def reuse_module(name: str):
+    """A module of the pack as ComfyUI loaded it."""
+    pack = nodes.NODE_CLASS_MAPPINGS["ToPiPatch"].__module__.removesuffix(".nodes.patch")
+    return __import__(f"{pack}.{name}", fromlist=["*"])
+
+
+def caches_alive() -> int:
+    gc.collect()
+    kind = reuse_module("topi_core.reuse").ContextCache
+    return sum(isinstance(thing, kind) and bool(thing.entries) for thing in gc.get_objects())
+
+
+@pytest.mark.parametrize("family", [FLUX1, QWEN], ids=lambda f: f.name)
+def test_the_record_says_what_the_cache_took(family):
+    """Two conds of one image each: keys and values of every layer, of all tokens at the anchor, in float32."""
+    positive, negative = (conditioning(family, [latent(family)], seed=seed) for seed in (0, 1))
+    patched, trace = patch(shared(family), **layer_inputs(family), **REUSE)
+    image = sample(patched, positive, negative, cfg=2.0, latent=empty(family))
+    run = last_run(trace)
+    assert run.cache_bytes == 2 * (2 * family.depth * 64 * HIDDEN * 4)
+    assert f"{run.cache_bytes / 1e6:.0f} MB of keys and values" in run.summary()
+    report = run_node("ToPiReport", trace=trace, latent={"samples": image})[0]
+    assert f"The kept keys and values took {run.cache_bytes / 1e6:,.1f} MB" in report and "reused step" in report
+
+
+def test_nothing_is_left_after_a_run():
+    patched, _ = patch(shared(FLUX1), **layer_inputs(FLUX1), **REUSE)
+    sample(patched, conditioning(FLUX1, [latent(FLUX1)]), latent=empty(FLUX1))
+    assert caches_alive() == 0
+
+
+def test_nothing_is_left_after_an_error_even_while_it_is_held():
+    positive, start = conditioning(FLUX1, [latent(FLUX1)]), empty(FLUX1)
+    patched, _ = patch(shared(FLUX1), **layer_inputs(FLUX1), **REUSE)
+    expected = sample(patched, positive, latent=start)
+
+    def stop(step, *_):
+        if step == 1:
+            assert caches_alive() == 1
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError) as held:
+        sample(patched, positive, latent=start, callback=stop)
+    assert caches_alive() == 0 and held.value is not None
+    assert torch.equal(sample(patched, positive, latent=start), expected)
+
+
+def test_without_room_the_run_goes_on_in_full_and_says_so(monkeypatch, caplog):
+    """As with ComfyUI's --reserve-vram set to more than there is."""
+    positive, start = conditioning(FLUX1, [latent(FLUX1)]), empty(FLUX1)
+    expected = sample(shared(FLUX1), positive, latent=start)
+    patched, trace = patch(shared(FLUX1), **layer_inputs(FLUX1), **REUSE)
+    monkeypatch.setattr(comfy.model_management, "EXTRA_RESERVED_VRAM", 2**50)
+    caplog.clear()
+    assert torch.equal(sample(patched, positive, latent=start), expected)
+    assert set(kinds(trace)) == {"full"}
+    said = [r.getMessage() for r in caplog.records if "no room" in r.getMessage()]
+    assert said == ["ToPi: no room for 0.0 GB of keys and values, so this run goes on in full"]
+
+
+def test_in_host_memory_it_is_the_same(monkeypatch):
+    positive, start = conditioning(FLUX1, [latent(FLUX1)]), empty(FLUX1)
+    patched, _ = patch(shared(FLUX1), **layer_inputs(FLUX1), **REUSE)
+    expected = sample(patched, positive, latent=start)
+    monkeypatch.setattr(reuse_module("nodes.run"), "room_for", lambda size, device: "host")
+    assert torch.equal(sample(patched, positive, latent=start), expected)
+
+
+def test_room_is_on_the_device_then_on_the_host_then_nowhere(monkeypatch):
+    room_for, device = reuse_module("nodes.memory").room_for, torch.device("cpu")
+    assert room_for(1, device) == "device"
+    assert room_for(2**50, device) is None
+    free = {"cpu": 2**40, "meta": 0}
+
+    def free_memory(dev, torch_free_too=False):
+        return (free[dev.type], 0) if torch_free_too else free[dev.type]
+
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", free_memory)
+    assert room_for(2**20, torch.device("meta")) == "host"
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("cache", ["EasyCache", "LazyCache"])
+def test_caches_that_skip_steps(cache, order):
+    """An anchor among the skipped steps happens at the next one that is computed."""
+    family = FLUX1
+    positive, negative = conditioning(family, [latent(family)]), conditioning(family, [latent(family)], seed=1)
+    sampling = dict(latent=empty(family), cfg=1.5, steps=16)
+    model = shared(family)
+    if order == "before":
+        model = run_node(cache, model=model, **CACHE)[0]
+    patched, trace = patch(model, **REUSE, spacing="steps", **layer_inputs(family))
+    if order == "after":
+        patched = run_node(cache, model=patched, **CACHE)[0]
+    image = sample(patched, positive, negative, **sampling)
+    oracle = ReuseOracle(family, tau=0.75, update_interval=3)
+    expected = oracle.attach(run_node(cache, model=shared(family), **CACHE)[0])
+    assert difference(image, sample(expected, positive, negative, **sampling)) < FLOAT_ERROR
+    assert "reused" in kinds(trace) and last_run(trace).anchors
+    skipped = sum(kind == "skipped" for kind in kinds(trace)) + 16 - len(kinds(trace))
+    assert skipped == 16 - len({step for step, _, _ in oracle.calls})
+
+
+@pytest.mark.parametrize("family", [FLUX1, FLUX2, QWEN], ids=lambda f: f.name)
+def test_controlnet(family):
+    refs, control = [latent(family)], SmallControl(family, outputs=family is not QWEN)
+    image, _ = compare_reuse(family, shared(family), conditioning(family, refs, control=control), latent=empty(family))
+    without, _ = compare_reuse(family, shared(family), conditioning(family, refs), latent=empty(family))
+    assert difference(image, without) > 1e-2
+
+
+def test_lora():
+    compare_reuse(FLUX1, with_lora(shared(FLUX1)), conditioning(FLUX1, [latent(FLUX1)]), latent=empty(FLUX1))
+
+
+def test_regions_of_other_sizes_and_several_prompts():
+    refs = [latent(FLUX1)]
+    left = conditioning(FLUX1, refs, area=(16, 8, 0, 0), strength=1.0)
+    both = conditioning(FLUX1, refs, seed=2, tokens=9)
+    compare_reuse(FLUX1, shared(FLUX1), left + both, latent=empty(FLUX1))
+
+
+def test_two_samplers_share_one_patched_model():
+    positive, other = (conditioning(FLUX1, [latent(FLUX1, seed=seed)]) for seed in (0, 3))
+    patched, _ = patch(shared(FLUX1), **layer_inputs(FLUX1), **REUSE)
+    first = sample(patched, positive, latent=empty(FLUX1))
+    sample(patched, other, latent=empty(FLUX1))
+    assert torch.equal(sample(patched, positive, latent=empty(FLUX1)), first)
