@@ -42,10 +42,14 @@ def attach(
     on_anchor: Callable[[Run, Anchor], None] | None = None,
 ) -> ModelPatcher:
     """A clone of the model that prunes by these settings, appends its runs to the trace and tells of each anchor."""
+    return put(model, Patch(family, settings, trace, on_anchor))
+
+
+def put(model: ModelPatcher, patch: Patch) -> ModelPatcher:
+    """A clone of the model with the wrappers of a patch."""
     patched = model.clone()
-    patch = Patch(family, settings, trace, on_anchor)
     for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, patch.sample), (WrappersMP.DIFFUSION_MODEL, patch.call)):
-        patched.remove_wrappers_with_key(kind, KEY)  # of two ToPi Patch nodes in a row, the last one counts
+        patched.remove_wrappers_with_key(kind, KEY)  # of two ToPi nodes in a row, the last one counts
         patched.add_wrapper_with_key(kind, KEY, wrapper)
     return patched
 
@@ -69,7 +73,7 @@ class Patch:
             raise RuntimeError(
                 "ToPi cannot prune a model that is sampled on several GPUs at once; remove one of the two"
             )
-        state = self._state(guider.model_patcher, arguments.get("seed") or 0, arguments["noise"].shape[0])
+        state = self.start(guider, arguments)
         self.trace.runs.append(state.record)
 
         original = guider.model_options
@@ -83,26 +87,25 @@ class Patch:
         log.info("ToPi: %s", state.record.summary())
         return result
 
-    def _state(self, patcher: ModelPatcher, seed: int, images: int) -> RunState:
-        s = self.settings
+    def start(self, guider, arguments: dict[str, Any]) -> RunState:
+        """The state of a run that a guider is about to make with the arguments of its `outer_sample`."""
+        s, patcher = self.settings, guider.model_patcher
         latent_format = patcher.get_model_object("latent_format")
         network = patcher.get_model_object("diffusion_model")
         record = Run(
             self.family.name,
-            s.depth,
-            s.layers,
-            s.front_layers,
+            s,
             patch=network.patch_size,
             cell_pixels=latent_format.spacial_downscale_ratio,
             hidden=self.family.hidden(network),
             linear=self.family.linear,
-            settings=s,
         )
         sampling = patcher.get_model_object("model_sampling")
         high = sampling.percent_to_sigma(s.start_percent)
         low = float("-inf") if s.end_percent == 1 else sampling.percent_to_sigma(s.end_percent)
         draw = partial(picture, latent_format=latent_format)
-        return RunState(s, record, (high, low), seed, images, draw, self.on_anchor)
+        seed, images = arguments.get("seed") or 0, arguments["noise"].shape[0]
+        return RunState(record, (high, low), seed, images, draw, self.on_anchor)
 
     def call(self, executor, *args, **kwargs):
         """DIFFUSION_MODEL: one call of the network."""
@@ -137,8 +140,8 @@ class Patch:
         """What to do with the arguments of which blocks in this call."""
         blocks = list(enumerate(self.family.blocks(network)))
         changes: dict[Block, Change] = {blocks[0][1]: _marker(call)}
-        if call.kind == "anchor":
-            changes |= {block: _scorer(state, call, layer) for layer, block in blocks if layer in self.settings.layers}
+        if call.layers:
+            changes |= {block: _scorer(state, call, layer) for layer, block in blocks if layer in call.layers}
         if call.kept is not None:
             changes |= {block: _pruner(call, block) for layer, block in blocks if layer >= self.settings.front_layers}
         return changes
@@ -226,14 +229,15 @@ def _scorer(state: RunState, call: Call, layer: int) -> Change:
 
     def listen(args: dict) -> dict:
         call.computed = True
-        if state.settings.metric in ("similarity", "random"):
+        if call.features:
             state.score_features(call, layer, _whole(args, call.layout))
-            return args
+            if not call.search:
+                return args
         options = args["transformer_options"]
         previous = options.get("optimized_attention_override")
 
         def attention(function, q, k, v, heads, *rest, **kwargs):
-            if layer not in call.scores:
+            if layer not in call.heard:
                 heads_first = [x if kwargs.get("skip_reshape") else _split_heads(x, heads) for x in (q, k, v)]
                 if all(x.shape[2] == call.layout.tokens for x in heads_first):
                     mask = rest[0] if rest else kwargs.get("mask")
