@@ -25,7 +25,7 @@ from ..topi_core.select import realign
 from ..topi_core.trace import Anchor, Run, Trace
 from .families.family import Block, Family
 from .picture import picture
-from .run import Call, RunState
+from .run import Call, RunState, State
 
 KEY = "topi"
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class Patch:
         log.info("ToPi: %s", state.record.summary())
         return result
 
-    def start(self, guider, arguments: dict[str, Any]) -> RunState:
+    def start(self, guider, arguments: dict[str, Any]) -> State:
         """The state of a run that a guider is about to make with the arguments of its `outer_sample`."""
         s, patcher = self.settings, guider.model_patcher
         latent_format = patcher.get_model_object("latent_format")
@@ -113,14 +113,14 @@ class Patch:
         given = dict(zip(names, args, strict=False)) | kwargs
         options = given["transformer_options"]
         state = options.get(KEY)
-        if not isinstance(state, RunState) or "sample_sigmas" not in options:
-            self._warn_once("ToPi: this sampler does not go through ComfyUI's sampling, the model runs unpruned")
+        if not isinstance(state, State) or "sample_sigmas" not in options:
+            self._warn_once("ToPi: this sampler does not go through ComfyUI's sampling, so the model runs without ToPi")
             return executor(*args, **kwargs)
 
         network, x, references = executor.class_obj, given["x"], given.get("ref_latents") or []
         if x.shape[0] != len(options["uuids"]) * state.images:
             self._warn_once(
-                "ToPi: another patch splits the batch that ComfyUI made of the prompts, so the model runs unpruned"
+                "ToPi: another patch splits the batch that ComfyUI made of the prompts, so the model runs without ToPi"
             )
             return executor(*args, **kwargs)
         grids = tuple(self.family.grid(network, reference) for reference in references)
@@ -136,7 +136,7 @@ class Patch:
         state.end(call)
         return result
 
-    def _changes(self, network, state: RunState, call: Call) -> dict[Block, Change]:
+    def _changes(self, network, state: State, call: Call) -> dict[Block, Change]:
         """What to do with the arguments of which blocks in this call."""
         blocks = list(enumerate(self.family.blocks(network)))
         changes: dict[Block, Change] = {blocks[0][1]: _marker(call)}
@@ -224,7 +224,7 @@ def _realigned(call: Call, x: Tensor, dims: tuple[int, ...]) -> Tensor:
     return call.positions[key][1]
 
 
-def _scorer(state: RunState, call: Call, layer: int) -> Change:
+def _scorer(state: State, call: Call, layer: int) -> Change:
     """Listens to one block's attention through ComfyUI's override, or looks at its input."""
 
     def listen(args: dict) -> dict:

@@ -51,6 +51,7 @@ def facts(run: Run) -> dict:
     return {
         "family": run.family,
         "layers": list(run.layers),
+        "layers_found_at": run.found_at,
         "front_layers": run.front_layers,
         "anchors": [
             {"step": a.step, "sigma": a.sigma, "share": a.share, "context_tokens": a.layout.context_tokens}

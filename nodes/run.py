@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -16,7 +17,7 @@ from ..topi_core.layout import Layout
 from ..topi_core.schedule import Schedule
 from ..topi_core.select import Selection, select
 from ..topi_core.stopwatch import Stopwatch
-from ..topi_core.trace import Anchor, Bits, Kind, Reference, Run, Step
+from ..topi_core.trace import Anchor, Bits, Kind, Reference, Run, Sampled, Step
 
 log = logging.getLogger(__name__)
 
@@ -123,8 +124,34 @@ class OpenStep:
         self.tokens = max(self.tokens, tokens)
 
 
-class RunState:
-    """Made when a sampling run starts, gone when it ends."""
+class State(ABC):
+    """Made when a sampling run of a batch of `images` latents starts, gone when it ends; only the record outlives it."""
+
+    record: Sampled
+    images: int
+
+    @abstractmethod
+    def begin(self, options: dict, references: list[Tensor], layout: Layout) -> Call:
+        """Decides what a call of the network does.
+
+        options: ComfyUI's transformer_options; references [rows of the call, ...], maybe none.
+        """
+
+    @abstractmethod
+    def score(self, call: Call, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+        """Scores one layer from its attention's q, k, v [B, H, N, D] after RoPE; of these nothing is kept."""
+
+    @abstractmethod
+    def end(self, call: Call) -> None:
+        """Takes over what a call scored, unless a cache kept the network from running."""
+
+    @abstractmethod
+    def finish(self, latent: Tensor) -> None:
+        """Completes the record of a run that made this latent."""
+
+
+class RunState(State):
+    """A run that prunes."""
 
     def __init__(
         self,
@@ -153,10 +180,6 @@ class RunState:
         self.open: OpenStep | None = None
 
     def begin(self, options: dict, references: list[Tensor], layout: Layout) -> Call:
-        """Decides what a call of the network does.
-
-        options: ComfyUI's transformer_options; references [rows of the call, ...], maybe none.
-        """
         sigma = float(options["sigmas"][0])
         if self.schedule is None:
             s = self.settings
@@ -243,7 +266,6 @@ class RunState:
         )  # fmt: skip
 
     def score(self, call: Call, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
-        """Scores one layer from its attention's q, k, v [B, H, N, D] after RoPE; of these nothing is kept."""
         with call.watch.on(q.device):
             received = attention_received(q, k, call.layout, mask)
             call.hear(layer, received)
@@ -262,7 +284,6 @@ class RunState:
                 call.scores[layer] = score.repeat(len(call.chunks), 1).to(hidden.device, torch.float32)
 
     def end(self, call: Call) -> None:
-        """Takes over what a call scored, and notes it, unless a cache kept the network from running."""
         self.open.note(call.kind if call.computed else "skipped", call.tokens)
         if call.kind != "anchor" or not call.computed:
             return
@@ -281,7 +302,6 @@ class RunState:
             self.open = None
 
     def finish(self, latent: Tensor) -> None:
-        """Completes the record of a run that made this latent; nothing else outlives a run."""
         self._close_step()
         for group in self.groups:
             self._settle(group)

@@ -6,7 +6,7 @@ Axes as in `influence.py`; L layers, P image-prompt pairs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -82,6 +82,10 @@ class Calibration:
         if self.depth != newer.depth:
             raise ValueError(f"calibrations of {self.depth} and of {newer.depth} layers cannot be merged")
         return Calibration.of(self.depth, [*self.rows(), *newer.rows()])
+
+    def equals(self, other: Calibration) -> bool:
+        """Bit by bit."""
+        return all(torch.equal(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
 
     def mean(self) -> Tensor:
         """S of every layer (Eq. 4, the expectation over the pairs): [L]."""

@@ -8,6 +8,7 @@ from statistics import median
 
 from . import cost
 from .overlay import kept_of
+from .profiles import Profile
 from .trace import Run
 
 
@@ -90,10 +91,13 @@ def why_nothing(run: Run) -> str | None:
 
 def text(run: Run) -> str:
     """The short table."""
-    layers = f"scored in {', '.join(map(str, run.layers))}, pruned from {run.front_layers} on"
-    lines = [f"{run.family}, {run.depth} layers: {layers}"]
-    if run.settings:
-        lines[0] += f"; tau {run.settings.tau:g}, {run.settings.metric}"
+    s = run.settings
+    lines = [
+        f"{run.family}, {run.depth} layers: {_scored_in(run)}, pruned from {run.front_layers} on; "
+        f"tau {s.tau:g}, {s.metric}"
+    ]
+    if run.found:
+        lines.append("ToPi Calibrate and ToPi Save Profile find the layers on more images, and keep them.")
     why = why_nothing(run)
     if why:
         lines += ["", f"Nothing was pruned: {why}."]
@@ -102,6 +106,15 @@ def text(run: Run) -> str:
     if run.steps:
         lines += ["", *_aligned(_step_rows(figures(run), pruned=why is None))]
     return "\n".join(lines)
+
+
+def _scored_in(run: Run) -> str:
+    layers = ", ".join(map(str, run.layers))
+    if run.found:
+        return f"scored in {layers} (found at step {run.found_at}, as no profile fits)"
+    if run.settings.layers:
+        return f"scored in {layers}" + f" (profile {run.settings.profile})" * bool(run.settings.profile)
+    return "scored nowhere yet"
 
 
 def _anchor_rows(run: Run) -> list[list[str]]:
@@ -141,6 +154,27 @@ def _step_rows(f: Figures, pruned: bool) -> list[list[str]]:
 
 def _seconds(seconds: float | None) -> str:
     return f"{seconds:.3f} s" if seconds else ""
+
+
+def headline(profile: Profile) -> str:
+    """What a profile is of, in a line."""
+    pairs = len(profile.calibration)
+    return (
+        f"{profile.name}: {profile.family}, {profile.depth} layers of width {profile.hidden}, "
+        f"{pairs} image-prompt pair{'s'[: pairs != 1]}"
+    )
+
+
+def describe(profile: Profile) -> str:
+    """A profile's layers, and how much the pairs agree on them, as a short table."""
+    calibration, m = profile.calibration, len(profile.layers)
+    mean, deviation = calibration.mean(), calibration.deviation()
+    rows = [["layer", "S", "deviation", f"in a pair's own Top-{m}"]]
+    for layer, share in zip(profile.layers, calibration.agreement(profile.layers), strict=True):
+        rows.append([str(layer), f"{mean[layer]:.3f}", f"{deviation[layer]:.3f}", f"{share:.0%}"])
+    layers = ", ".join(map(str, profile.layers))
+    first = f"representative layers {layers}; the first {profile.front_layers} see everything"
+    return "\n".join([headline(profile), first, "", *_aligned(rows)])
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:
