@@ -10,7 +10,6 @@ from comfy_api.latest import io
 from ..topi_core.config import MODES, Settings, parse_layers
 from ..topi_core.influence import Metric
 from ..topi_core.profiles import default_front_layers
-from ..topi_core.report import headline
 from ..topi_core.trace import Trace
 from . import profile_files
 from .attach import attach
@@ -119,7 +118,7 @@ class ToPiPatch(io.ComfyNode):
             known, front = (), default_front_layers(depth)
         else:
             known, front = chosen.layers, chosen.front_layers
-            log.info("ToPi: %s", headline(chosen))
+            log.info("ToPi: profile %s (%s)", chosen.name, chosen.source)
         settings = Settings(
             depth=depth,
             layers=parse_layers(layers) if by_hand else known,

@@ -125,7 +125,7 @@ class OpenStep:
 
 
 class State(ABC):
-    """Made when a sampling run of a batch of `images` latents starts, gone when it ends; only the record outlives it."""
+    """Made when a sampling run of `images` latents starts, and gone when it ends: only the record outlives it."""
 
     record: Sampled
     images: int

@@ -178,7 +178,7 @@ PUBLISHED = {
 def write_published() -> None:
     """`python -m topi_core.profiles`: the paper's layers as the files that the pack ships."""
     for name, (family, depth, layers, model) in PUBLISHED.items():
-        source = f"arXiv 2602.01609, appendix C.3 and section 5.1: {model}, 48 image-prompt pairs (scores not published)"
+        source = f"arXiv 2602.01609, C.3 and 5.1: {model}, 48 image-prompt pairs, whose scores are not published"
         profile = Profile(
             name=name,
             family=family,

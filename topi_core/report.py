@@ -159,10 +159,8 @@ def _seconds(seconds: float | None) -> str:
 def headline(profile: Profile) -> str:
     """What a profile is of, in a line."""
     pairs = len(profile.calibration)
-    return (
-        f"{profile.name}: {profile.family}, {profile.depth} layers of width {profile.hidden}, "
-        f"{pairs} image-prompt pair{'s'[: pairs != 1]}"
-    )
+    model = f"{profile.family}, {profile.depth} layers of width {profile.hidden}"
+    return f"{profile.name}: {model}, {pairs} image-prompt pair{'s'[: pairs != 1]}"
 
 
 def describe(profile: Profile) -> str:
