@@ -1,7 +1,7 @@
 """Calibrates the demo model, as a user would any other (Eq. 4 and 5), on held-out scenes: `make calibrate`.
 
-Writes the shipped profile, its chart and the rows of its figures. The pairs are stratified as the paper's 48 are: as many
-of each group of edits. Everything is seeded. `ARGS="--out somewhere"` leaves the repository's files alone.
+Writes the shipped profile, its chart and the rows of its figures. The pairs are stratified as the paper's 48 are: as
+many of each group of edits. Everything is seeded. `ARGS="--out somewhere"` leaves the repository's files alone.
 """
 
 from __future__ import annotations
@@ -83,9 +83,7 @@ def row(of: str, calibration: Calibration) -> dict:
 
 def chart(profile: Profile) -> Image.Image:
     calibration = profile.calibration
-    return draw_chart(
-        calibration.mean().tolist(), calibration.deviation().tolist(), profile.layers, headline(profile)
-    )
+    return draw_chart(calibration.mean().tolist(), calibration.deviation().tolist(), profile.layers, headline(profile))
 
 
 def main() -> None:
