@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
@@ -16,14 +17,16 @@ def chart(mean: Sequence[float], deviation: Sequence[float], layers: Sequence[in
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(15)
     left, right, top, bottom = 70, SIZE[0] - 30, 60, SIZE[1] - 60
     pen.text((left, 14), title, TEXT, font)
-    pen.text((left, 34), f"gold: layers {', '.join(map(str, layers))}     lines: ± the standard deviation of pairs",
-             TEXT, font)  # fmt: skip
+    words = f"S, the share of the target's attention that the references receive; gold: layers {_words(layers)}"
+    pen.text((left, 34), words, TEXT, font)
     depth = len(mean)
-    highest = max((m + d for m, d in zip(mean, deviation, strict=True)), default=0) or 1
-    for share in range(5):
-        y = bottom - (bottom - top) * share / 4
+    highest = max((m + d for m, d in zip(mean, deviation, strict=True)), default=0)
+    step = next((step for step in (0.01, 0.02, 0.05, 0.1) if highest <= 5 * step), 0.2)
+    highest = step * max(1, math.ceil(highest / step - 1e-9))
+    for mark in range(round(highest / step) + 1):
+        y = bottom - (bottom - top) * mark * step / highest
         pen.line((left, y, right, y), FAINT)
-        pen.text((left - 8, y), f"{highest * share / 4:.2g}", TEXT, font, "rm")
+        pen.text((left - 8, y), f"{mark * step:.2g}", TEXT, font, "rm")
     wide = (right - left) / depth
     for layer, (m, d) in enumerate(zip(mean, deviation, strict=True)):
         x, color = left + layer * wide, TOP if layer in layers else BAR
@@ -36,6 +39,9 @@ def chart(mean: Sequence[float], deviation: Sequence[float], layers: Sequence[in
                 pen.line((middle - 0.2 * wide, y, middle + 0.2 * wide, y), TEXT, 2)
         if layer % -(-depth // 30) == 0:
             pen.text((x + wide / 2, bottom + 6), str(layer), TOP if layer in layers else TEXT, font, "ma")
-    pen.text(((left + right) / 2, bottom + 28), "layer", TEXT, font, "ma")
-    pen.text((left, bottom + 28), "share of the target's attention", TEXT, font)
+    pen.text(((left + right) / 2, bottom + 28), "layer; white: ± the deviation between pairs", TEXT, font, "ma")
     return image
+
+
+def _words(layers: Sequence[int]) -> str:
+    return ", ".join(map(str, layers))

@@ -99,25 +99,11 @@ def test_layers_may_have_spaces_and_come_in_any_order():
     assert sorted(last_run(trace).layers) == [1, 4, 6]
 
 
-@by_family
-def test_auto_guesses_by_relative_depth_and_says_so(family, caplog):
-    """These small models have depths that nobody published layers for."""
-    with caplog.at_level(logging.INFO):
-        patched, trace = patch(shared(family))
-    assert "guess" in caplog.text
-    sample(patched, conditioning(family, [latent(family)]), latent=empty(family))
-    published, layers, front = (60, (35, 37, 42), 10) if family is QWEN else (57, (13, 18, 31), 10)
-    run = last_run(trace)
-    assert run.depth == family.depth
-    assert set(run.layers) <= {round(x * family.depth / published + d) for x in layers for d in (-0.5, 0, 0.5)}
-    assert abs(run.front_layers - front * family.depth / published) < 1
-    assert kinds(trace)[:2] == ["anchor", "pruned"]
-
-
-def test_layers_given_by_hand_are_no_guess(caplog):
-    with caplog.at_level(logging.INFO):
-        patch(shared(FLUX1), layers="1,4", front_layers=2)
-    assert "guess" not in caplog.text
+def test_a_profile_of_another_depth_is_refused_in_one_sentence():
+    with pytest.raises(ValueError) as refusal:
+        patch(shared(FLUX1), profile="flux1-kontext", layers="1,4", front_layers=2)
+    sentence = str(refusal.value)
+    assert all(str(part) in sentence for part in ("flux1-kontext", 57, 8)) and "\n" not in sentence
 
 
 def chroma():
