@@ -4,7 +4,7 @@
 PYTHON ?= python3
 RUN = .venv/bin/python -m
 
-.PHONY: help setup demo test serve lint train evaluate
+.PHONY: help setup demo test serve lint train evaluate calibrate
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -27,6 +27,9 @@ train: setup  ## train the demo model anew (hours)
 
 evaluate: setup  ## measure the demo model on held-out scenes
 	@$(RUN) topi_demo.evaluate $(ARGS)
+
+calibrate: setup  ## find the demo model's layers anew, and draw their chart (minutes)
+	@$(RUN) topi_demo.calibrate $(ARGS)
 
 lint:  ## check style and formatting; needs neither torch nor ComfyUI
 	@$(PYTHON) tools/setup.py lint

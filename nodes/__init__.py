@@ -2,14 +2,29 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from . import profile_files
+from .calibrate import ToPiCalibrate
 from .compare import ToPiCompare
 from .demo_model import ToPiDemoModel
 from .demo_scene import ToPiDemoScene
 from .mask_preview import ToPiMaskPreview
 from .patch import ToPiPatch
 from .report import ToPiReport
+from .save_profile import ToPiSaveProfile
 
 
 class ToPiExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        profile_files.register()
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [ToPiPatch, ToPiMaskPreview, ToPiReport, ToPiCompare, ToPiDemoModel, ToPiDemoScene]
+        return [
+            ToPiPatch,
+            ToPiMaskPreview,
+            ToPiReport,
+            ToPiCompare,
+            ToPiCalibrate,
+            ToPiSaveProfile,
+            ToPiDemoModel,
+            ToPiDemoScene,
+        ]

@@ -31,7 +31,7 @@ from ..topi_core.select import realign
 from ..topi_core.trace import Anchor, Run, Trace
 from .families.family import Block, Family
 from .picture import picture
-from .run import Call, RunState
+from .run import Call, RunState, State
 
 KEY = "topi"
 POSITIONS, MASKS = ("pe", "image_pe"), ("attn_mask",)  # arguments of a block that run over its tokens, beside "img"
@@ -53,11 +53,15 @@ def attach(
     on_anchor: Callable[[Run, Anchor], None] | None = None,
 ) -> ModelPatcher:
     """A clone of the model that prunes by these settings, appends its runs to the trace and tells of each anchor."""
+    return put(model, Patch(family, settings, trace, on_anchor))
+
+
+def put(model: ModelPatcher, patch: Patch) -> ModelPatcher:
+    """A clone of the model with the wrappers of a patch."""
     patched = model.clone()
-    patch = Patch(family, settings, trace, on_anchor)
-    around_call = WrappersMP.DIFFUSION_MODEL if family.arguments is None else WrappersMP.APPLY_MODEL
+    around_call = WrappersMP.DIFFUSION_MODEL if patch.family.arguments is None else WrappersMP.APPLY_MODEL
     for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, patch.sample), (around_call, patch.call)):
-        patched.remove_wrappers_with_key(kind, KEY)  # of two ToPi Patch nodes in a row, the last one counts
+        patched.remove_wrappers_with_key(kind, KEY)  # of two ToPi nodes in a row, the last one counts
         patched.add_wrapper_with_key(kind, KEY, wrapper)
     return patched
 
@@ -82,7 +86,7 @@ class Patch:
             raise RuntimeError(
                 "ToPi cannot prune a model that is sampled on several GPUs at once; remove one of the two"
             )
-        state = self._state(guider.model_patcher, arguments.get("seed") or 0, arguments["noise"].shape[0])
+        state = self.start(guider, arguments)
         self.trace.runs.append(state.record)
 
         original = guider.model_options
@@ -97,26 +101,25 @@ class Patch:
         log.info("ToPi: %s", state.record.summary())
         return result
 
-    def _state(self, patcher: ModelPatcher, seed: int, images: int) -> RunState:
-        s = self.settings
+    def start(self, guider, arguments: dict[str, Any]) -> State:
+        """The state of a run that a guider is about to make with the arguments of its `outer_sample`."""
+        s, patcher = self.settings, guider.model_patcher
         latent_format = patcher.get_model_object("latent_format")
         network = patcher.get_model_object("diffusion_model")
         record = Run(
             self.family.name,
-            s.depth,
-            s.layers,
-            s.front_layers,
+            s,
             patch=self.family.patch(network),
             cell_pixels=latent_format.spacial_downscale_ratio,
             hidden=self.family.hidden(network),
             linear=self.family.linear,
-            settings=s,
         )
         sampling = patcher.get_model_object("model_sampling")
         high = sampling.percent_to_sigma(s.start_percent)
         low = float("-inf") if s.end_percent == 1 else sampling.percent_to_sigma(s.end_percent)
         draw = partial(picture, latent_format=latent_format)
-        return RunState(s, record, (high, low), seed, images, draw, self.on_anchor)
+        seed, images = arguments.get("seed") or 0, arguments["noise"].shape[0]
+        return RunState(record, (high, low), seed, images, draw, self.on_anchor)
 
     def call(self, executor, *args, **kwargs):
         """DIFFUSION_MODEL or APPLY_MODEL: one call of the network."""
@@ -124,12 +127,12 @@ class Patch:
         given = dict(zip(names, args, strict=False)) | kwargs
         options, x = given["transformer_options"], given[names[0]]
         state = options.get(KEY)
-        if not isinstance(state, RunState) or "sample_sigmas" not in options:
-            self._warn_once("ToPi: this sampler does not go through ComfyUI's sampling, the model runs unpruned")
+        if not isinstance(state, State) or "sample_sigmas" not in options:
+            self._warn_once("ToPi: this sampler does not go through ComfyUI's sampling, so the model runs without ToPi")
             return executor(*args, **kwargs)
         if x.shape[0] != len(options["uuids"]) * state.images:
             self._warn_once(
-                "ToPi: another patch splits the batch that ComfyUI made of the prompts, so the model runs unpruned"
+                "ToPi: another patch splits the batch that ComfyUI made of the prompts, so the model runs without ToPi"
             )
             return executor(*args, **kwargs)
 
@@ -153,12 +156,12 @@ class Patch:
         state.end(call)
         return result
 
-    def _changes(self, network: nn.Module, state: RunState, call: Call) -> dict[Block, list[Change]]:
+    def _changes(self, network: nn.Module, state: State, call: Call) -> dict[Block, list[Change]]:
         """What to do, one thing after the other, with the arguments of which blocks in this call."""
         blocks = self.family.blocks(network)
         changes = defaultdict(list, {blocks[0]: [_marker(call)]})
         for layer, block in enumerate(blocks):
-            if call.kind == "anchor" and layer in self.settings.layers:
+            if layer in call.layers:
                 changes[block].append(_scorer(state, call, layer, block))
             if call.kind == "anchor" and call.caches:
                 changes[block].append(_attentions(call, layer, _keep))
@@ -315,24 +318,24 @@ def _reuse(call: Call, place: Place, attention: Callable, q: Tensor, k: Tensor, 
     return attention(q, extend(k, keys), extend(v, values), heads, *rest, **kwargs)
 
 
-def _scorer(state: RunState, call: Call, layer: int, block: Block) -> Change:
-    """Listens to one block's attention over the whole sequence, or looks at its input."""
-
-    def look(args: dict) -> dict:
-        call.computed = True
-        state.score_features(call, layer, args["img"], _own_layout(block, call.layout))
-        return args
+def _scorer(state: State, call: Call, layer: int, block: Block) -> Change:
+    """Listens to one block's attention over the whole sequence, or looks at its input, or both."""
 
     def listen(attention: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, *rest, **kwargs):
-        call.computed = True
-        if layer not in call.scores:
+        if layer not in call.heard:
             heads_first = [x if kwargs.get("skip_reshape") else _split_heads(x, heads) for x in (q, k, v)]
             if all(x.shape[2] == call.layout.tokens for x in heads_first):
                 mask = rest[0] if rest else kwargs.get("mask")
                 state.score(call, layer, *(_all_heads(x, heads) for x in heads_first), _four_dims(mask))
         return attention(q, k, v, heads, *rest, **kwargs)
 
-    return look if state.settings.metric in ("similarity", "random") else partial(_attended, listen)
+    def change(args: dict) -> dict:
+        call.computed = True
+        if call.features:
+            state.score_features(call, layer, args["img"], _own_layout(block, call.layout))
+        return _attended(listen, args) if call.search or not call.features else args
+
+    return change
 
 
 def _attended(attend: Callable, args: dict) -> dict:

@@ -7,10 +7,11 @@ from typing import get_args
 
 from comfy_api.latest import io
 
-from ..topi_core import profiles
 from ..topi_core.config import MODES, SPACINGS, Settings, parse_layers
 from ..topi_core.influence import Metric
+from ..topi_core.profiles import default_front_layers
 from ..topi_core.trace import Trace
+from . import profile_files
 from .attach import attach
 from .events import announcer
 from .families import family_of
@@ -50,8 +51,10 @@ class ToPiPatch(io.ComfyNode):
                     "faster and closer to the unpatched image, for memory.",
                 ),
                 io.Combo.Input(
-                    "profile", options=["auto", *profiles.shipped()], default="auto",
-                    tooltip="Which layers tell what the model looks at. auto picks by the model's family and depth.",
+                    "profile", options=["auto", *profile_files.names()], default="auto",
+                    tooltip="Which layers tell what the model looks at: a shipped profile, or one of yours in "
+                    "models/topi or output/topi. auto picks by what the model is; where none fits, the first anchor "
+                    "scores all layers and finds out.",
                 ),
                 io.String.Input(
                     "layers", default="", advanced=True,
@@ -99,6 +102,11 @@ class ToPiPatch(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def fingerprint_inputs(cls, profile, **_):
+        """A profile of the user's that changed, came or went may mean other layers."""
+        return profile_files.state(profile)
+
+    @classmethod
     def execute(
         cls, model, tau, update_interval, mode, profile,
         layers="", front_layers=-1, first_anchor=0, start_percent=0.0, end_percent=1.0,
@@ -107,20 +115,22 @@ class ToPiPatch(io.ComfyNode):
         network = model.get_model_object("diffusion_model")
         family = family_of(network)
         depth = len(family.blocks(network))
-        if profile == "auto":
-            chosen, guess = profiles.automatic(family.name, depth)
-            if guess and not (layers and front_layers >= 0):
-                log.warning(
-                    "ToPi: no layers are known for %s with %d layers; as a guess it takes those of %s at the same "
-                    "relative depth: layers %s, front_layers %d",
-                    family.label, depth, chosen.name, ",".join(map(str, chosen.layers)), chosen.front_layers,
-                )  # fmt: skip
+        model_is = family.name, depth, family.hidden(network)
+        by_hand = bool(layers.strip())
+        if profile != "auto":
+            chosen = profile_files.named(profile, *model_is)
         else:
-            chosen = profiles.named(profile, family.name, depth)
+            chosen = None if by_hand and front_layers != -1 else profile_files.automatic(*model_is)
+        if chosen is None:
+            known, front = (), default_front_layers(depth)
+        else:
+            known, front = chosen.layers, chosen.front_layers
+            log.info("ToPi: profile %s (%s)", chosen.name, chosen.source)
         settings = Settings(
             depth=depth,
-            layers=parse_layers(layers) if layers.strip() else chosen.layers,
-            front_layers=chosen.front_layers if front_layers == -1 else front_layers,
+            layers=parse_layers(layers) if by_hand else known,
+            front_layers=front if front_layers == -1 else front_layers,
+            profile="" if by_hand or chosen is None else chosen.name,
             tau=tau,
             update_interval=update_interval,
             mode=mode,

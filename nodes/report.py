@@ -51,6 +51,7 @@ def facts(run: Run) -> dict:
     return {
         "family": run.family,
         "layers": list(run.layers),
+        "layers_found_at": run.found_at,
         "front_layers": run.front_layers,
         "cache_bytes": run.cache_bytes,
         "anchors": [

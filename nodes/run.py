@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import get_args
@@ -11,14 +12,14 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from ..topi_core.config import Settings
+from ..topi_core.calibration import TOP_M, sensitivity, top_layers
 from ..topi_core.influence import attention_received, influence, random_score, similarity
 from ..topi_core.layout import Layout
 from ..topi_core.reuse import ContextCache, cache_bytes
 from ..topi_core.schedule import Schedule
 from ..topi_core.select import Selection, select
 from ..topi_core.stopwatch import Stopwatch
-from ..topi_core.trace import Anchor, Bits, Kind, Reference, Run, Step
+from ..topi_core.trace import Anchor, Bits, Kind, Reference, Run, Sampled, Step
 from .memory import room_for
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,8 @@ class Group:
     references: list[Tensor]  # one [images, channels, ...] a reference
     layout: Layout
     pictures: tuple[Reference, ...]
-    scores: Tensor | None = None  # [images, C], of the newest anchor step
+    scores: dict[int, Tensor] = field(default_factory=dict)  # layer -> [images, C], of the newest anchor step
+    sensitivity: tuple[Tensor, int] | None = None  # the sum of S over rows [L], and their number; of a search
     scored: tuple[int, float] | None = None  # its step and sigma
     watches: list[Stopwatch] = field(default_factory=list)  # the time that these scores took
     selection: Selection | None = None
@@ -44,30 +46,67 @@ class Group:
     def same(self, references: list[Tensor], layout: Layout) -> bool:
         return self.fits(layout) and all(torch.equal(a, b) for a, b in zip(self.references, references, strict=True))
 
-    def add(self, scores: Tensor, watches: list[Stopwatch], step: int, sigma: float) -> None:
-        """Adds the influence of one call; the first call of a new anchor step starts afresh."""
-        fresh = self.scored is None or self.scored[0] != step
-        self.scores = scores if fresh else self.scores + scores
-        self.watches = watches if fresh else self.watches + watches
-        self.scored, self.selection = (step, sigma), None
+    def add(self, call: Call, rows: slice, watches: list[Stopwatch]) -> None:
+        """Adds what one call scored in its rows; the first call of a new anchor step starts afresh."""
+        if self.scored is None or self.scored[0] != call.step:
+            self.scores, self.sensitivity, self.watches = {}, None, []
+        known = self.scores or call.scores
+        self.scores = {n: _sum(self.scores.get(n), call.scores[n][rows]) for n in known}
+        if call.search:
+            s = torch.stack([call.sensitivity[n][rows].sum() for n in call.layers])
+            before, count = self.sensitivity or (None, 0)
+            self.sensitivity = _sum(before, s), count + rows.stop - rows.start
+        self.watches = self.watches + watches
+        self.scored, self.selection = (call.step, call.sigma), None
+
+
+def _sum(a: Tensor | None, b: Tensor) -> Tensor:
+    return b if a is None else a + b
 
 
 @dataclass
 class Call:
-    """One call of the network: its rows are `chunks` x images, chunk by chunk."""
+    """One call of the network: its rows are `chunks` x images, chunk by chunk.
+
+    An anchor call scores `layers`, from their attention or, with `features`, from their inputs. In a `search` these are
+    all layers, and their attention tells which of them are representative.
+    """
 
     layout: Layout
-    conds: tuple[object, ...]  # one a chunk
     chunks: list[Group]
     kind: Kind
     step: int
     sigma: float
+    layers: tuple[int, ...] = ()
+    features: bool = False
+    search: bool = False
     kept: Tensor | None = None  # [B, K] into the context, on pruned calls that drop anything; K = 0 on reused ones
+    conds: tuple[object, ...] = ()  # one a chunk
     caches: list[ContextCache] = field(default_factory=list)  # one a chunk: to fill at an anchor, or to reuse
     scores: dict[int, Tensor] = field(default_factory=dict)  # layer -> [B, C]
+    sensitivity: dict[int, Tensor] = field(default_factory=dict)  # layer -> [B], of a search
     watch: Stopwatch = field(default_factory=Stopwatch)
     positions: dict[tuple, Tensor] = field(default_factory=dict)  # realigned `pe` and masks by their source
     computed: bool = False
+
+    @property
+    def heard(self) -> dict[int, Tensor]:
+        """By layer: that its attention, or in its place its input, was seen."""
+        return self.sensitivity if self.search else self.scores
+
+    def hear(self, layer: int, received: Tensor) -> None:
+        """In a search, notes a layer's sensitivity from the attention its context receives [B, H, C]."""
+        if self.search:
+            self.sensitivity[layer] = sensitivity(received, self.layout)
+
+    def check(self) -> None:
+        """RuntimeError where an anchor call ran and a layer that it had to score was not seen."""
+        missing = [layer for layer in self.layers if layer not in self.heard]
+        if missing:
+            raise RuntimeError(
+                f"ToPi saw no attention over {self.layout.tokens} tokens in layer {missing[0]}; "
+                "another patch replaces this block's attention: remove it, or choose other layers"
+            )
 
     @property
     def tokens(self) -> int:
@@ -98,12 +137,40 @@ class OpenStep:
         self.keys = max(filter(None, (self.keys, call.keys)), default=None)
 
 
-class RunState:
-    """Made when a sampling run starts, gone when it ends."""
+class State(ABC):
+    """Made when a sampling run of `images` latents starts, and gone when it ends: only the record outlives it."""
+
+    record: Sampled
+    images: int
+
+    @abstractmethod
+    def begin(self, options: dict, references: list[Tensor], layout: Layout, device: torch.device) -> Call:
+        """Decides what a call of the network does.
+
+        options: ComfyUI's transformer_options; references [rows of the call, ...], maybe none; device: where it runs.
+        """
+
+    @abstractmethod
+    def score(self, call: Call, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+        """Scores one layer from its attention's q, k, v [B, H, N, D] after RoPE; of these nothing is kept."""
+
+    @abstractmethod
+    def end(self, call: Call) -> None:
+        """Takes over what a call scored, unless a cache kept the network from running."""
+
+    @abstractmethod
+    def finish(self, latent: Tensor) -> None:
+        """Completes the record of a run that made this latent."""
+
+    def release(self) -> None:  # noqa: B027 (most states hold nothing)
+        """Lets go of what takes memory, also where an error keeps this object alive."""
+
+
+class RunState(State):
+    """A run that prunes or reuses."""
 
     def __init__(
         self,
-        settings: Settings,
         record: Run,
         window: tuple[float, float],
         seed: int,
@@ -115,7 +182,7 @@ class RunState:
 
         picture: latent [B, ...] -> uint8 RGB [B, h, w, 3].
         """
-        self.settings = settings
+        self.settings = record.settings
         self.record = record
         self.window = window
         self.images = images
@@ -131,10 +198,6 @@ class RunState:
         self.crowded = False  # there was no room for a cache
 
     def begin(self, options: dict, references: list[Tensor], layout: Layout, device: torch.device) -> Call:
-        """Decides what a call of the network does.
-
-        options: ComfyUI's transformer_options; references [rows of the call, ...], maybe none; device: where it runs.
-        """
         sigma = float(options["sigmas"][0])
         if self.schedule is None:
             s = self.settings
@@ -146,13 +209,18 @@ class RunState:
             self.open = OpenStep(step, sigma, time.perf_counter())
         self.record.context_tokens = max(self.record.context_tokens, layout.context_tokens)
         if not references:
-            return Call(layout, (), [], "full", step, sigma)
+            return Call(layout, [], "full", step, sigma)
         chunks = self._groups(options, references, layout)
-        call = Call(layout, tuple(options["uuids"]), chunks, self._kind(chunks, step, sigma), step, sigma)
+        call = Call(layout, chunks, self._kind(chunks, step, sigma), step, sigma, conds=tuple(options["uuids"]))
         if self.settings.mode == "reuse":
             self._reuse(call, references[0], device)
         elif call.kind == "pruned":
             call.kept = self._kept(chunks, device)
+        if call.kind == "anchor":
+            known, searching = self.record.layers, any(g.sensitivity and g.scored[0] == step for g in chunks)
+            call.search = not known or searching
+            call.layers = tuple(range(self.record.depth)) if call.search else known
+            call.features = self.settings.metric in ("similarity", "random")
         return call
 
     def _reuse(self, call: Call, reference: Tensor, device: torch.device) -> None:
@@ -191,7 +259,6 @@ class RunState:
         return cache
 
     def release(self) -> None:
-        """Lets go of what takes memory, also where an error keeps this object alive."""
         self.caches.clear()
         self.groups.clear()
         self.group_of_cond.clear()
@@ -233,7 +300,10 @@ class RunState:
         if group.scored is None or group.selection is not None:
             return
         s = self.settings
-        group.selection = select(group.scores.cpu(), s.tau, s.min_keep, s.max_keep)
+        if not self.record.layers:
+            self._find_layers()
+        group.scores = {layer: group.scores[layer] for layer in self.record.layers}
+        group.selection = select(sum(group.scores.values()).cpu(), s.tau, s.min_keep, s.max_keep)
         step, sigma = group.scored
         seconds = sum(watch.seconds() for watch in group.watches)
         anchor = Anchor(step, sigma, group.layout, group.pictures, Bits.of(group.selection.mask()), seconds)
@@ -242,17 +312,30 @@ class RunState:
         if self.on_anchor is not None:
             self.on_anchor(self.record, anchor)
 
+    def _find_layers(self) -> None:
+        """Eq. 4 and 5 on the first anchor step alone: every row that has references counts, as for the selection."""
+        searched = [group for group in self.groups if group.sensitivity]
+        first = min(group.scored[0] for group in searched)
+        sums, rows = zip(*(group.sensitivity for group in searched if group.scored[0] == first), strict=True)
+        mean = sum(s.cpu().double() for s in sums) / sum(rows)
+        self.record.found, self.record.found_at = top_layers(mean, min(TOP_M, self.record.depth)), first
+        log.info(
+            "ToPi: no profile fits %s with %d layers of width %d, so step %d scored all of them, and the run goes on "
+            "with the layers %s; ToPi Calibrate and ToPi Save Profile find out on more images, and keep it",
+            self.record.family, self.record.depth, self.record.hidden, first, ",".join(map(str, self.record.found)),
+        )  # fmt: skip
+
     def score(self, call: Call, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
-        """Scores one representative layer from its attention's q, k, v [B, H, N, D] after RoPE."""
         with call.watch.on(q.device):
             received = attention_received(q, k, call.layout, mask)
+            call.hear(layer, received)
             if self.settings.metric == "attention":
                 call.scores[layer] = received.sum(1)
-            else:
+            elif self.settings.metric == "influence":
                 call.scores[layer] = influence(received, v, call.layout)
 
     def score_features(self, call: Call, layer: int, hidden: Tensor, layout: Layout) -> None:
-        """Scores one representative layer from its input [B, N, W], for the metrics that need no attention.
+        """Scores one layer from its input [B, N, W], for the metrics that need no attention.
 
         layout: that of the input, which has no text where the text has a stream of its own.
         """
@@ -264,24 +347,17 @@ class RunState:
                 call.scores[layer] = score.repeat(len(call.chunks), 1).to(hidden.device, torch.float32)
 
     def end(self, call: Call) -> None:
-        """Takes over what a call scored, and notes it, unless a cache kept the network from running."""
         self.open.note(call)
         if call.kind != "anchor" or not call.computed:
             return
+        call.check()
         self.caches |= zip(call.conds, call.caches, strict=False)  # no caches when pruning
         self.record.cache_bytes = max(self.record.cache_bytes, sum(cache.nbytes for cache in self.caches.values()))
-        missing = sorted(set(self.settings.layers) - set(call.scores))
-        if missing:
-            raise RuntimeError(
-                f"ToPi saw no attention over {call.layout.tokens} tokens in layer {missing[0]}; "
-                "another patch replaces this block's attention: remove it, or choose other layers"
-            )
-        scores = sum(call.scores[layer] for layer in self.settings.layers)
         watches = [call.watch]  # counted once, for the first of the groups
-        for group, own in zip(call.chunks, scores.chunk(len(call.chunks)), strict=True):
+        for i, group in enumerate(call.chunks):
             if group.scored and group.scored[0] != call.step:
                 self._settle(group)
-            group.add(own, watches, call.step, call.sigma)
+            group.add(call, slice(i * self.images, (i + 1) * self.images), watches)
             watches = []
 
     def _close_step(self) -> None:
@@ -292,7 +368,6 @@ class RunState:
             self.open = None
 
     def finish(self, latent: Tensor) -> None:
-        """Completes the record of a run that made this latent; nothing else outlives a run."""
         self._close_step()
         for group in self.groups:
             self._settle(group)

@@ -31,13 +31,15 @@ def parse_layers(text: str) -> tuple[int, ...]:
 class Settings:
     """How to prune a model of `depth` layers; layers are counted over the whole stack from 0.
 
-    `layers` are the representative ones (Eq. 5); the first `front_layers` always see the full context, when pruning.
-    `spacing` "auto" is "steps" for the mode prune, as in the paper, and "sigma" for reuse (`Schedule.anchors`).
+    `layers` are the representative ones (Eq. 5); without any, the first anchor finds them. The first `front_layers`
+    always see the full context, when pruning. `profile` is where both come from, for the report. `spacing` "auto" is
+    "steps" for the mode prune, as in the paper, and "sigma" for reuse (`Schedule.anchors`).
     """
 
     depth: int
-    layers: tuple[int, ...]
+    layers: tuple[int, ...] = ()
     front_layers: int
+    profile: str = ""
     tau: float = 0.85
     update_interval: int = 10
     mode: str = "prune"
@@ -66,8 +68,6 @@ class Settings:
             raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}, got {self.spacing!r}")
         if self.metric not in get_args(Metric):
             raise ValueError(f"metric must be one of {', '.join(get_args(Metric))}, got {self.metric!r}")
-        if not self.layers:
-            raise ValueError("layers must name at least one layer, got none")
         wrong = [layer for layer in self.layers if not 0 <= layer < self.depth]
         if wrong:
             raise ValueError(f"layers must be in [0, {self.depth - 1}] for this model, got {wrong[0]}")

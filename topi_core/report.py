@@ -8,6 +8,7 @@ from statistics import median
 
 from . import cost
 from .overlay import kept_of
+from .profiles import Profile
 from .trace import SHORTER, Run
 
 
@@ -94,12 +95,11 @@ def why_nothing(run: Run) -> str | None:
 
 def text(run: Run) -> str:
     """The short table."""
-    layers = f"scored in {', '.join(map(str, run.layers))}"
-    if not _reuses(run):
-        layers += f", pruned from {run.front_layers} on"
-    lines = [f"{run.family}, {run.depth} layers: {layers}"]
-    if run.settings:
-        lines[0] += f"; tau {run.settings.tau:g}, {run.settings.metric}"
+    s = run.settings
+    pruned = "" if s.mode == "reuse" else f", pruned from {run.front_layers} on"
+    lines = [f"{run.family}, {run.depth} layers: {_scored_in(run)}{pruned}; tau {s.tau:g}, {s.metric}"]
+    if run.found:
+        lines.append("ToPi Calibrate and ToPi Save Profile find the layers on more images, and keep them.")
     why = why_nothing(run)
     if why:
         lines += ["", f"Nothing was {_word(run)}: {why}."]
@@ -112,12 +112,17 @@ def text(run: Run) -> str:
     return "\n".join(lines)
 
 
-def _reuses(run: Run) -> bool:
-    return run.settings is not None and run.settings.mode == "reuse"
-
-
 def _word(run: Run) -> str:
-    return "reused" if _reuses(run) else "pruned"
+    return "reused" if run.settings.mode == "reuse" else "pruned"
+
+
+def _scored_in(run: Run) -> str:
+    layers = ", ".join(map(str, run.layers))
+    if run.found:
+        return f"scored in {layers} (found at step {run.found_at}, as no profile fits)"
+    if run.settings.layers:
+        return f"scored in {layers}" + f" (profile {run.settings.profile})" * bool(run.settings.profile)
+    return "scored nowhere yet"
 
 
 def _anchor_rows(run: Run) -> list[list[str]]:
@@ -157,6 +162,25 @@ def _step_rows(f: Figures, word: str, shorter: bool) -> list[list[str]]:
 
 def _seconds(seconds: float | None) -> str:
     return f"{seconds:.3f} s" if seconds else ""
+
+
+def headline(profile: Profile) -> str:
+    """What a profile is of, in a line."""
+    pairs = len(profile.calibration)
+    model = f"{profile.family}, {profile.depth} layers of width {profile.hidden}"
+    return f"{profile.name}: {model}, {pairs} image-prompt pair{'s'[: pairs != 1]}"
+
+
+def describe(profile: Profile) -> str:
+    """A profile's layers, and how much the pairs agree on them, as a short table."""
+    calibration, m = profile.calibration, len(profile.layers)
+    mean, deviation = calibration.mean(), calibration.deviation()
+    rows = [["layer", "S", "deviation", f"in a pair's own Top-{m}"]]
+    for layer, share in zip(profile.layers, calibration.agreement(profile.layers), strict=True):
+        rows.append([str(layer), f"{mean[layer]:.3f}", f"{deviation[layer]:.3f}", f"{share:.0%}"])
+    layers = ", ".join(map(str, profile.layers))
+    first = f"representative layers {layers}; the first {profile.front_layers} see everything"
+    return "\n".join([headline(profile), first, "", *_aligned(rows)])
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -81,36 +81,55 @@ class Step:
     keys: int | None = None
 
 
+@dataclass(kw_only=True)
+class Sampled:
+    """The record of a sampling run, which `Trace.find` knows again by what the run made."""
+
+    finished: bool = False
+    shape: tuple[int, ...] = ()
+    marks: Tensor | None = None
+
+    def finish(self, latent: Tensor) -> None:
+        """Remembers a few values of what the run made."""
+        self.shape, self.marks, self.finished = tuple(latent.shape), _marks(latent), True
+
+
 @dataclass
-class Run:
+class Run(Sampled):
     """One sampling run, filled while it goes on.
 
     A token covers `patch` x `patch` cells of a latent, a cell `cell_pixels` x `cell_pixels` pixels of its image.
     `hidden` and `linear` are the model's width and its layers' linear operations, as `cost.layer_flops` wants them.
     `context_tokens` are the most that a call of the network had, whether or not they were ever scored; `cache_bytes`
     the most that its kept keys and values took.
+    `found` are the layers that the run found itself, at the step `found_at`, where its settings name none.
     """
 
     family: str
-    depth: int
-    layers: tuple[int, ...]
-    front_layers: int
+    settings: Settings
     patch: int = 1
     cell_pixels: int = 8
     hidden: int = 0
     linear: int = 24
-    settings: Settings | None = None
     context_tokens: int = 0
     cache_bytes: int = 0
+    found: tuple[int, ...] = ()
+    found_at: int | None = None
     anchors: list[Anchor] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
-    finished: bool = False
-    shape: tuple[int, ...] = ()
-    marks: Tensor | None = None
 
-    def finish(self, latent: Tensor) -> None:
-        """Remembers what the run made by a few of its values, so that `Trace.find` knows it again."""
-        self.shape, self.marks, self.finished = tuple(latent.shape), _marks(latent), True
+    @property
+    def depth(self) -> int:
+        return self.settings.depth
+
+    @property
+    def front_layers(self) -> int:
+        return self.settings.front_layers
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The representative layers (Eq. 5); none before the first anchor has found them."""
+        return self.settings.layers or self.found
 
     def seconds(self, kinds: Iterable[Kind]) -> list[float]:
         """Times of the steps of these kinds; the run's first step is left out, it pays for loading."""
@@ -142,20 +161,24 @@ def _marks(latent: Tensor) -> Tensor:
     return flat[:: -(-len(flat) // 256)].float().cpu()
 
 
-class Trace:
-    """The last runs of one patched model, newest last; older ones are forgotten."""
+R = TypeVar("R", bound=Sampled)
 
-    def __init__(self, capacity: int = 128):
-        self.runs: deque[Run] = deque(maxlen=capacity)
 
-    def find(self, latent: Tensor) -> Run:
+class Trace(Generic[R]):
+    """The last runs of one model of the node `node`, newest last; older ones are forgotten."""
+
+    def __init__(self, capacity: int = 128, node: str = "ToPi Patch"):
+        self.runs: deque[R] = deque(maxlen=capacity)
+        self.node = node
+
+    def find(self, latent: Tensor) -> R:
         """The run that made this latent; the newest, where several made the same.
 
         Raises ValueError where the trace holds no finished run, or none of them made it.
         """
         finished = [run for run in self.runs if run.finished]
         if not finished:
-            raise ValueError("this trace holds no run: sample with the model of the same ToPi Patch first")
+            raise ValueError(f"this trace holds no run: sample with the model of the same {self.node} first")
         marks = _marks(latent)
         near = [
             ((run.marks - marks).abs().max().item(), -i, run)
@@ -165,6 +188,6 @@ class Trace:
         if not near or min(near)[0] > 1e-3 * (1 + marks.abs().max().item()):
             raise ValueError(
                 f"none of the {len(finished)} runs in this trace made this latent of shape {tuple(latent.shape)}: "
-                "connect the output of the sampler that the same ToPi Patch feeds"
+                f"connect the output of the sampler that the same {self.node} feeds"
             )
         return min(near)[2]

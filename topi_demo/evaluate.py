@@ -44,11 +44,14 @@ class Edits:
     expected: Tensor
 
 
-def held_out(kind: str, count: int) -> Edits:
-    """Their seeds are words, so no stream of the training, whose seeds are numbers, holds the same scenes."""
+def held_out(kind: str, count: int, purpose: str = "held out") -> Edits:
+    """Their seeds are words, so no stream of the training, whose seeds are numbers, holds the same scenes.
+
+    Each purpose has scenes of its own.
+    """
     examples = []
     for i in range(count):
-        rng = random.Random(f"held out {kind} {i}")
+        rng = random.Random(f"{purpose} {kind} {i}")
         examples.append(edits.example(rng, edits.random_edit(rng, kind), SIDE))
     references = [torch.stack(column) for column in zip(*(e.references for e in examples), strict=True)]
     return Edits(kind, [str(e.edit) for e in examples], references, torch.stack([e.expected for e in examples]))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import runpy
 import sys
 from pathlib import Path
+from types import ModuleType
 
 VERSION = "0.30.0"
+PACK = Path(__file__).resolve().parent.parent
 
 
 def comfyui_dir() -> Path:
     """`COMFYUI_DIR`, or the installation that `make setup` made in the repository."""
-    default = Path(__file__).resolve().parent.parent / ".comfyui" / VERSION
+    default = PACK / ".comfyui" / VERSION
     folder = Path(os.environ.get("COMFYUI_DIR") or default)
     if not (folder / "comfy" / "ldm").is_dir():
         raise FileNotFoundError(f"there is no ComfyUI in {folder}; run `make setup`, or set COMFYUI_DIR to one")
@@ -29,3 +33,18 @@ def use_comfyui() -> Path:
     if not torch.cuda.is_available():
         comfy.cli_args.args.cpu = True
     return folder
+
+
+def load_pack() -> tuple[dict[str, type], ModuleType]:
+    """The nodes of ComfyUI and this pack in this process, and the pack's package as ComfyUI names it."""
+    use_comfyui()
+    import nodes
+
+    asyncio.run(nodes.load_custom_node(str(PACK)))
+    known = nodes.NODE_CLASS_MAPPINGS
+    return known, sys.modules[known["ToPiPatch"].__module__.rpartition(".")[0]]
+
+
+def draw_chart(*values):
+    """The pack's `nodes/chart.py`, reached as a file: outside of ComfyUI the pack is no package."""
+    return runpy.run_path(str(PACK / "nodes" / "chart.py"))["chart"](*values)

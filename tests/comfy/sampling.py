@@ -67,7 +67,7 @@ def sample(
         )  # fmt: skip
 
 
-def run_node(name: str, **inputs) -> tuple:
+def run_node(name: str, /, **inputs) -> tuple:
     """Execute a node of ComfyUI's registry, with the defaults of its own schema for what is not given."""
     node = nodes.NODE_CLASS_MAPPINGS[name]
     schema = node.GET_SCHEMA()

@@ -4,7 +4,16 @@ import re
 
 import pytest
 
-NODES = ("ToPiPatch", "ToPiMaskPreview", "ToPiReport", "ToPiCompare", "ToPiDemoModel", "ToPiDemoScene")
+NODES = (
+    "ToPiPatch",
+    "ToPiMaskPreview",
+    "ToPiReport",
+    "ToPiCompare",
+    "ToPiCalibrate",
+    "ToPiSaveProfile",
+    "ToPiDemoModel",
+    "ToPiDemoScene",
+)
 
 
 def test_all_nodes_are_listed_here(comfyui):

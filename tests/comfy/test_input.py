@@ -1,15 +1,13 @@
 """The node's inputs, and one sentence for each bad one: what was given, and what is allowed."""
 
-import logging
-
 import comfy.ldm.chroma.model
 import comfy.ldm.modules.diffusionmodules.openaimodel
 import comfy.ops
 import comfy.supported_models
 import pytest
 import torch
-from sampling import conditioning, empty, kinds, last_run, latent, patch, sample
-from small_models import FAMILIES, FLUX1, QWEN, patcher, random_weights, shared
+from sampling import conditioning, empty, last_run, latent, patch, sample
+from small_models import FAMILIES, FLUX1, patcher, random_weights, shared
 
 import nodes
 
@@ -28,6 +26,7 @@ INPUTS = {  # id: (type, default, lowest, highest, advanced); workflows that peo
     "min_keep": ("FLOAT", 0.0, 0, 1, True),
     "max_keep": ("FLOAT", 1.0, 0, 1, True),
     "metric": ("COMBO", "influence", None, None, True),
+    "spacing": ("COMBO", "auto", None, None, True),  # came later, so it stands last: saved values have places, no names
 }
 
 
@@ -42,7 +41,8 @@ def test_inputs_and_outputs_are_those_that_workflows_rely_on():
     assert all(i.tooltip for i in schema.inputs)
     assert [output.get_io_type() for output in schema.outputs] == ["MODEL", "TOPI_TRACE"]
     options = {i.id: i.options for i in schema.inputs if hasattr(i, "options")}
-    assert options["mode"] == ["prune"]
+    assert options["mode"] == ["prune", "reuse"]
+    assert options["spacing"] == ["auto", "steps", "sigma"]
     assert options["metric"] == ["influence", "attention", "similarity", "random"]
     assert options["profile"][0] == "auto" and len(options["profile"]) >= 3
 
@@ -99,25 +99,11 @@ def test_layers_may_have_spaces_and_come_in_any_order():
     assert sorted(last_run(trace).layers) == [1, 4, 6]
 
 
-@by_family
-def test_auto_guesses_by_relative_depth_and_says_so(family, caplog):
-    """These small models have depths that nobody published layers for."""
-    with caplog.at_level(logging.INFO):
-        patched, trace = patch(shared(family))
-    assert "guess" in caplog.text
-    sample(patched, conditioning(family, [latent(family)]), latent=empty(family))
-    published, layers, front = (60, (35, 37, 42), 10) if family is QWEN else (57, (13, 18, 31), 10)
-    run = last_run(trace)
-    assert run.depth == family.depth
-    assert set(run.layers) <= {round(x * family.depth / published + d) for x in layers for d in (-0.5, 0, 0.5)}
-    assert abs(run.front_layers - front * family.depth / published) < 1
-    assert kinds(trace)[:2] == ["anchor", "pruned"]
-
-
-def test_layers_given_by_hand_are_no_guess(caplog):
-    with caplog.at_level(logging.INFO):
-        patch(shared(FLUX1), layers="1,4", front_layers=2)
-    assert "guess" not in caplog.text
+def test_a_profile_of_another_depth_is_refused_in_one_sentence():
+    with pytest.raises(ValueError) as refusal:
+        patch(shared(FLUX1), profile="flux1-kontext", layers="1,4", front_layers=2)
+    sentence = str(refusal.value)
+    assert all(str(part) in sentence for part in ("flux1-kontext", 57, 8)) and "\n" not in sentence
 
 
 def chroma():

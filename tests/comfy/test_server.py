@@ -46,7 +46,15 @@ def queue(server, object_info):
 
 def test_nodes_and_their_inputs(object_info):
     ours = {name: node for name, node in object_info.items() if name.startswith("ToPi")}
-    assert {"ToPiPatch", "ToPiMaskPreview", "ToPiReport", "ToPiDemoModel", "ToPiDemoScene"} <= set(ours)
+    assert {
+        "ToPiPatch",
+        "ToPiMaskPreview",
+        "ToPiReport",
+        "ToPiCalibrate",
+        "ToPiSaveProfile",
+        "ToPiDemoModel",
+        "ToPiDemoScene",
+    } <= set(ours)
     for name, node in ours.items():
         assert node["category"].split("/")[0] == "ToPi"
         assert node["description"], name

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from topi_core.config import Settings
 from topi_core.cost import layer_flops, speedup
 from topi_core.layout import Layout
 from topi_core.trace import Anchor, Bits, Run, Step
@@ -17,7 +18,8 @@ def run(kinds, tokens=100, kept=60, front=2, depth=10):
     layout = Layout(10, (5, 8), ((5, 10),))
     steps = [Step(i, 1.0, kind, kept if kind == "pruned" else tokens, 1.0) for i, kind in enumerate(kinds)]
     anchors = [Anchor(0, 1.0, layout, (), Bits.of(torch.ones(1, 50)))]
-    return Run("flux1", depth, (3,), front, hidden=64, anchors=anchors, steps=steps)
+    settings = Settings(depth=depth, layers=(3,), front_layers=front)
+    return Run("flux1", settings, hidden=64, anchors=anchors, steps=steps)
 
 
 def test_speedup_counts_front_layers_and_anchors_in_full():
@@ -29,4 +31,4 @@ def test_speedup_counts_front_layers_and_anchors_in_full():
 
 
 def test_a_run_without_anchors_saves_nothing():
-    assert speedup(Run("flux1", 10, (3,), 2)) == 1.0
+    assert speedup(Run("flux1", Settings(depth=10, layers=(3,), front_layers=2))) == 1.0

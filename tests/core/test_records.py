@@ -1,4 +1,4 @@
-"""Layout, settings, profiles and the trace."""
+"""Layout, settings and the trace."""
 
 import subprocess
 import sys
@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from topi_core import profiles
 from topi_core.config import Settings, parse_layers
 from topi_core.layout import Layout
 from topi_core.trace import Anchor, Bits, Run, Step, Trace
@@ -40,7 +39,6 @@ def test_layout_slices_follow_one_another():
         (dict(tau=1.3), r"tau must be in \[0, 1\], got 1.3"),
         (dict(tau=float("nan")), "tau must be in"),
         (dict(update_interval=0), r"update_interval must be in \[1, 1000\], got 0"),
-        (dict(layers=()), "at least one layer"),
         (dict(layers=(3, 57)), r"layers must be in \[0, 56\] for this model, got 57"),
         (dict(front_layers=57), r"front_layers must be in \[0, 56\]"),
         (dict(min_keep=0.6, max_keep=0.5), "min_keep must not be above max_keep, got 0.6 and 0.5"),
@@ -65,30 +63,6 @@ def test_parse_layers():
         parse_layers("a,b")
 
 
-def test_published_profiles():
-    kontext, guess = profiles.automatic("flux1", 57)
-    assert (kontext.layers, kontext.front_layers, guess) == ((13, 18, 31), 10, False)
-    qwen, guess = profiles.automatic("qwen_image", 60)
-    assert (qwen.layers, qwen.front_layers, guess) == ((35, 37, 42), 10, False)
-
-
-def test_other_depths_are_a_guess_at_the_same_relative_depth():
-    profile, guess = profiles.automatic("flux1", 12)
-    assert guess and profile.layers == (2, 3, 6) and profile.front_layers == 2
-    assert profiles.automatic("flux2", 57)[1]
-    for depth in range(1, 80):
-        profile, _ = profiles.automatic("qwen_image", depth)
-        Settings(depth=depth, layers=profile.layers, front_layers=profile.front_layers)
-
-
-def test_named_profiles():
-    assert profiles.named("flux1-kontext", "flux1", 57).depth == 57
-    with pytest.raises(ValueError, match="no profile 'none'; there are: auto, flux1-kontext, qwen-image-edit"):
-        profiles.named("none", "flux1", 57)
-    with pytest.raises(ValueError, match="is for flux1 with 57 layers, this model is flux1 with 12"):
-        profiles.named("flux1-kontext", "flux1", 12)
-
-
 @pytest.mark.parametrize("shape", [(1, 1), (2, 13), (3, 64)])
 def test_bits_come_back(shape):
     mask = torch.rand(shape) > 0.5
@@ -97,16 +71,28 @@ def test_bits_come_back(shape):
     assert bits.packed.numel() == -(-mask.numel() // 8)
 
 
+def run_of(depth):
+    return Run("flux1", Settings(depth=depth, layers=(0,), front_layers=0))
+
+
+def test_the_layers_of_a_run_are_those_of_its_settings_or_those_it_found():
+    run = Run("flux1", Settings(depth=8, front_layers=1))
+    assert (run.depth, run.layers, run.front_layers) == (8, (), 1)
+    run.found = (2, 3)
+    assert run.layers == (2, 3)
+    assert Run("flux1", Settings(depth=8, layers=(4,), front_layers=1)).layers == (4,)
+
+
 def test_trace_forgets_the_oldest_runs():
     trace = Trace(capacity=2)
     for depth in (1, 2, 3):
-        trace.runs.append(Run("flux1", depth, (0,), 0))
+        trace.runs.append(run_of(depth))
     assert [run.depth for run in trace.runs] == [2, 3]
 
 
 def test_summary_names_what_was_kept_and_what_a_step_took():
     layout = Layout(1, (1, 2), ((1, 4),))
-    run = Run("flux1", 8, (1,), 0)
+    run = run_of(8)
     assert run.summary() == "no reference tokens were pruned in 0 steps"
     run.anchors.append(Anchor(0, 1.0, layout, (), Bits.of(torch.tensor([[True, False, False, False]]))))
     kinds = [("anchor", 9.0), ("pruned", 1.0), ("anchor", 2.0), ("pruned", 1.0)]
@@ -117,17 +103,17 @@ def test_summary_names_what_was_kept_and_what_a_step_took():
 
 
 def finished(latent, depth=1):
-    run = Run("flux1", depth, (0,), 0)
+    run = run_of(depth)
     run.finish(latent)
     return run
 
 
 def test_trace_finds_the_run_that_made_a_latent():
     trace, latents = Trace(), torch.randn(3, 1, 16, 24, 24)
-    trace.runs.extend(finished(latent, depth) for depth, latent in enumerate(latents))
-    trace.runs.append(Run("flux1", 9, (0,), 0))  # still going on
-    assert [trace.find(latent).depth for latent in latents] == [0, 1, 2]
-    assert trace.find(latents[1].half()).depth == 1  # an output kept in a smaller dtype
+    trace.runs.extend(finished(latent, depth) for depth, latent in enumerate(latents, 1))
+    trace.runs.append(run_of(9))  # still going on
+    assert [trace.find(latent).depth for latent in latents] == [1, 2, 3]
+    assert trace.find(latents[1].half()).depth == 2  # an output kept in a smaller dtype
     trace.runs.append(finished(latents[0], 5))
     assert trace.find(latents[0]).depth == 5
 

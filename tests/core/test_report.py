@@ -3,19 +3,19 @@
 import pytest
 import torch
 
+from topi_core.calibration import Calibration
 from topi_core.config import Settings
 from topi_core.layout import Layout
-from topi_core.report import figures, text, why_nothing
+from topi_core.profiles import Profile
+from topi_core.report import describe, figures, text, why_nothing
 from topi_core.trace import Anchor, Bits, Run, Step
 
 
 def run(kinds, kept=(3, 1), tau=0.85, references=((2, 2),), **settings):
     """A run whose anchors keep these numbers of the 4 tokens, one a picture; the first step pays for loading."""
     depth, layout = 8, Layout(2, (2, 2), references)
-    made = Run(
-        "flux1", depth, (3,), 2, hidden=64, context_tokens=layout.context_tokens,
-        settings=Settings(depth=depth, layers=(3,), front_layers=2, tau=tau, **settings),
-    )  # fmt: skip
+    chosen = Settings(**dict(depth=depth, layers=(3,), front_layers=2, tau=tau) | settings)
+    made = Run("flux1", chosen, hidden=64, context_tokens=layout.context_tokens)
     seconds = {"full": 2.0, "anchor": 2.1, "pruned": 1.0, "skipped": 0.01}
     for i, kind in enumerate(kinds):
         if kind == "anchor":
@@ -72,3 +72,22 @@ def test_why_nothing_was_pruned(made, why):
     found = why_nothing(made)
     assert found is None if why is None else why in found
     assert ("Nothing was pruned" in text(made)) is (why is not None)
+
+
+def test_the_report_says_where_the_layers_come_from():
+    assert "scored in 3 (profile kontext), pruned from 2 on" in text(run(["anchor", "pruned"], profile="kontext"))
+    made = run(["anchor", "pruned"], layers=())
+    made.found, made.found_at = (1, 5), 0
+    said = text(made).splitlines()
+    assert "scored in 1, 5 (found at step 0, as no profile fits), pruned from 2 on" in said[0]
+    assert "ToPi Calibrate" in said[1]
+
+
+def test_a_profile_in_words():
+    rows = [(i, torch.tensor([0.1, 0.9, 0.5 + 0.2 * i]), 20) for i in range(2)]
+    profile = Profile.calibrated(Calibration.of(3, rows), 2, name="mine", family="flux1", hidden=64, versions={})
+    lines = describe(profile).splitlines()
+    assert lines[0] == "mine: flux1, 3 layers of width 64, 2 image-prompt pairs"
+    assert lines[1] == "representative layers 1, 2; the first 1 see everything"
+    assert lines[4].split() == ["1", "0.900", "0.000", "100%"]
+    assert lines[5].split() == ["2", "0.600", "0.141", "100%"]

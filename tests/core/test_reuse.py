@@ -115,6 +115,7 @@ def test_a_reused_step_costs_its_rows_and_its_keys():
     layout = Layout(20, (5, 8), ((5, 8),))
     kept = torch.arange(40)[None] < 10
     anchor = Anchor(0, 1.0, layout, (), Bits.of(kept))
-    run = Run("flux1", 3, (1,), 2, hidden=2, anchors=[anchor])
+    settings = Settings(depth=3, layers=(1,), front_layers=2, mode="reuse")
+    run = Run("flux1", settings, hidden=2, anchors=[anchor])
     run.steps = [Step(0, 1.0, "anchor", 100, 1.0), Step(1, 0.5, "reused", 60, 1.0, 70)]
     assert speedup(run) == pytest.approx(2 * layer_flops(100, 2) / (layer_flops(100, 2) + layer_flops(60, 2, keys=70)))

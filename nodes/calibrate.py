@@ -1,0 +1,130 @@
+"""ToPi Calibrate: listens to every layer while the user's own sampling runs, and changes nothing about it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..topi_core.calibration import TOP_M, Listening
+from ..topi_core.config import Settings
+from ..topi_core.influence import attention_received
+from ..topi_core.layout import Layout
+from ..topi_core.schedule import step_of
+from ..topi_core.trace import Trace
+from .attach import Patch, put
+from .families import family_of
+from .run import Call, State
+
+CalibrationType = io.Custom("TOPI_CALIBRATION")
+
+
+@dataclass(frozen=True)
+class Calibrating:
+    """What ToPi Calibrate hands to ToPi Save Profile: the model's measures, and what its runs tell."""
+
+    family: str
+    depth: int
+    hidden: int
+    top_m: int
+    trace: Trace[Listening] = field(default_factory=lambda: Trace(node="ToPi Calibrate"))
+
+
+class ToPiCalibrate(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ToPiCalibrate",
+            display_name="ToPi Calibrate",
+            category="ToPi/calibration",
+            description="Finds out in which layers a model looks at its references, while it edits as ever: the images "
+            "stay the same bit for bit, and take longer. ToPi Save Profile keeps the result.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model to calibrate, from its loader or LoRA, without ToPi Patch."),
+                io.Int.Input(
+                    "top_m", default=TOP_M, min=1, max=200,
+                    tooltip="How many layers the profile shall name; the paper takes 3.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The model that listens; connect it to the sampler."),
+                CalibrationType.Output(display_name="calibration", tooltip="Connect it to ToPi Save Profile."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model, top_m) -> io.NodeOutput:
+        network = model.get_model_object("diffusion_model")
+        family = family_of(network)
+        depth = len(family.blocks(network))
+        if not 1 <= top_m <= depth:
+            raise ValueError(f"top_m must be in [1, {depth}] for this model of {depth} layers, got {top_m}")
+        calibrating = Calibrating(family.name, depth, family.hidden(network), top_m)
+        settings = Settings(depth=depth, front_layers=0)  # nothing is ever pruned
+        return io.NodeOutput(put(model, Calibrator(family, settings, calibrating.trace)), calibrating)
+
+
+class Calibrator(Patch):
+    """The same two wrappers; their state only listens."""
+
+    def start(self, guider, arguments: dict[str, Any]) -> State:
+        noise = arguments["noise"]
+        images = noise.shape[0]
+        asked = {"noise": noise, "positive": guider.conds.get("positive"), "latent": arguments.get("latent_image")}
+        pairs = tuple(fingerprint(asked, image, images) for image in range(images))
+        return ListeningState(Listening(self.settings.depth, pairs), images)
+
+
+class ListeningState(State):
+    """Every step runs in full, and tells the sensitivity of all layers."""
+
+    def __init__(self, record: Listening, images: int):
+        self.record = record
+        self.images = images
+        self.sigmas: tuple[float, ...] | None = None
+
+    def begin(self, options: dict, references: list[Tensor], layout: Layout, device: torch.device) -> Call:
+        sigma = float(options["sigmas"][0])
+        self.sigmas = self.sigmas or tuple(options["sample_sigmas"].tolist())
+        layers = tuple(range(self.record.depth)) if references else ()
+        return Call(layout, [], "full", step_of(sigma, self.sigmas), sigma, layers, search=True)
+
+    def score(self, call: Call, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+        call.hear(layer, attention_received(q, k, call.layout, mask))
+
+    def end(self, call: Call) -> None:
+        if call.computed and call.layers:
+            call.check()
+            rows = torch.stack([call.sensitivity[layer] for layer in call.layers], dim=1)  # [conds x images, L]
+            for cond in rows.split(self.images):
+                self.record.add(call.step, cond)
+
+    def finish(self, latent: Tensor) -> None:
+        self.record.finish(latent)
+
+
+def fingerprint(value, image: int, images: int) -> int:
+    """64 bits of what one image of a batch was made from: tensors, numbers and words, in whatever they lie."""
+    digest = hashlib.blake2b(digest_size=8)
+
+    def add(value) -> None:
+        if isinstance(value, Tensor):
+            own = value[image : image + 1] if value.ndim and len(value) == images else value
+            digest.update(f"{own.dtype} {tuple(own.shape)}".encode())
+            digest.update(own.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, (list, tuple)):
+            for part in value:
+                add(part)
+        elif isinstance(value, dict):
+            for key in sorted(value, key=str):
+                digest.update(str(key).encode())
+                add(value[key])
+        elif isinstance(value, (str, int, float)):
+            digest.update(repr(value).encode())
+
+    add(value)
+    return int.from_bytes(digest.digest(), "big", signed=True)
