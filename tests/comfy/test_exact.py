@@ -75,7 +75,7 @@ def test_the_share_of_attention_alone_is_the_score_of_the_attention_metric(famil
 
 def test_qwen_2511_marks_its_reference_method_in_the_model():
     """`index_timestep_zero` without a word in the conditioning: references are modulated for timestep 0."""
-    model = load(QWEN, reference_method="index_timestep_zero")
+    model = load(QWEN, default_ref_method="index_timestep_zero")
     positive, start = conditioning(QWEN, [latent(QWEN)]), empty(QWEN)
     image, _, _ = compare(QWEN, model, positive, latent=start)
     assert difference(image, compare(QWEN, shared(QWEN), positive, latent=start)[0]) > FLOAT_ERROR
