@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracle import compare
 from sampling import conditioning, empty, last_run, latent, layer_inputs, patch, sample
-from small_models import FAMILIES, FLUX1, FLUX2, KREA, QWEN, load, shared
+from small_models import FAMILIES, FLUX1, KREA, QWEN, load, shared
 
 by_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 SIZES = [(16, 16), (8, 20), (22, 12), (4, 6)]
@@ -92,7 +92,7 @@ def test_a_reference_of_one_token():
     assert last_run(trace).anchors[0].kept.tolist() == [[True]]
 
 
-@pytest.mark.parametrize("family", [FLUX1, FLUX2], ids=lambda f: f.name)
+@by_family
 def test_the_trace_counts_what_was_dropped(family):
     """A pruned step's tokens are text, target and the kept ones; shares are means of the kept masks."""
     refs = [latent(family), latent(family, 12, 20, seed=1)]
