@@ -156,19 +156,28 @@ class Oracle:
         self.computed = True
         if self.rows is None:
             return self.previous(func, q, k, v, heads, mask=mask, **kwargs)
-        heads_first = kwargs.get("skip_reshape", False)
-        length = k.shape[2 if heads_first else 1]
+        dim = 2 if kwargs.get("skip_reshape", False) else 1  # of the tokens
+        length = k.shape[dim]
         if length == self.joint:
             self.layer += 1
             if self.record and self.layer in self.layers:
-                self.score(*((x if heads_first else _heads_first(x, heads)) for x in (q, k, v)), mask)
-        inside = length == self.joint or (self.layer >= 0 and length == self.target + self.context)
-        if inside and self.kept is not None and self.layer >= self.front:
-            hide = torch.zeros(k.shape[0], length, dtype=q.dtype)
-            hide[:, self.place("c", length)].masked_fill_(~self.kept, HIDDEN)
-            hide = hide[:, None, None]
-            mask = hide if mask is None else hide + _four_axes(mask)
+                self.score(*(x if dim == 2 else _heads_first(x, heads) for x in (q, k, v)), mask)
+        if length == self.joint or (self.layer >= 0 and length == self.target + self.context):
+            k, v, mask = self.change(k, v, mask, self.place("c", length), dim)
         return self.previous(func, q, k, v, heads, mask=mask, **kwargs)
+
+    def change(self, k: Tensor, v: Tensor, mask: Tensor | None, context: slice, dim: int) -> tuple:
+        """What an attention of `self.layer` gets, with the context at this place of the dimension of tokens."""
+        if self.kept is None or self.layer < self.front:
+            return k, v, mask
+        return k, v, self.hide(k, mask, context, dim)
+
+    def hide(self, k: Tensor, mask: Tensor | None, context: slice, dim: int) -> Tensor:
+        """The mask, and no dropped token."""
+        hidden = torch.zeros(k.shape[0], k.shape[dim], dtype=k.dtype)
+        hidden[:, context].masked_fill_(~self.kept, HIDDEN)
+        hidden = hidden[:, None, None]
+        return hidden if mask is None else hidden + _four_axes(mask)
 
     def score(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         """Eq. 9, one head of one row at a time."""
