@@ -32,7 +32,9 @@ class ToPiPatch(io.ComfyNode):
             description="Drops the reference tokens that the model does not look at: the same edit, sooner.",
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="A FLUX.1 Kontext, FLUX.2 or Qwen-Image-Edit model, from its loader or LoRA."
+                    "model",
+                    tooltip="A model that edits by references, from its loader or LoRA: FLUX.1 Kontext, FLUX.2, "
+                    "Qwen-Image-Edit, Mage-Flow, JoyImage, Krea 2, OmniGen2 or Boogu.",
                 ),
                 io.Float.Input(
                     "tau", default=0.85, min=0.0, max=1.0, step=0.01,

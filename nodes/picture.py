@@ -11,9 +11,9 @@ from torch import Tensor
 def picture(latent: Tensor, latent_format) -> Tensor | None:
     """latent [images, channels, (frames,) h, w] as the network sees it -> uint8 [images, h', w', 3], on the CPU.
 
-    latent_format: a `comfy.latent_formats.LatentFormat`; None where it has no factors.
+    latent_format: a `comfy.latent_formats.LatentFormat`; None where it has no factors, or none for so many channels.
     """
-    if latent_format.latent_rgb_factors is None:
+    if latent_format.latent_rgb_factors is None or latent.shape[1] != latent_format.latent_channels:
         return None
     previewer = Latent2RGBPreviewer(
         latent_format.latent_rgb_factors,

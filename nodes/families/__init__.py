@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from torch import nn
 
-from . import flux, qwen_image
+from . import boogu, flux, joyimage, krea2, mage_flow, omnigen2, qwen_image
 from .family import Family
 
-FAMILIES: tuple[Family, ...] = (flux.FLUX1, flux.FLUX2, qwen_image.QWEN_IMAGE)
+FAMILIES: tuple[Family, ...] = (
+    flux.FLUX1,
+    flux.FLUX2,
+    qwen_image.QWEN_IMAGE,
+    mage_flow.MAGE_FLOW,
+    joyimage.JOYIMAGE,
+    krea2.KREA2,
+    omnigen2.OMNIGEN2,
+    boogu.BOOGU,
+)
 
 
 def family_of(network: nn.Module) -> Family:

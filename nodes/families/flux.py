@@ -1,4 +1,9 @@
-"""FLUX.1 (Kontext) and FLUX.2: ComfyUI's `comfy.ldm.flux.model.Flux`, with modulation by block or shared."""
+"""FLUX.1 (Kontext) and FLUX.2: ComfyUI's `comfy.ldm.flux.model.Flux`, with modulation by block or shared.
+
+FLUX.1 dev takes references like Kontext. Redux is dev with more text tokens, which always stay. Fill, Canny and Depth
+have an image beside the latent in their channels (`in_channels` 96 or 32, `out_channels` 16): ComfyUI joins references
+to that, so they would need as many channels, which no VAE of it gives; without references they run untouched.
+"""
 
 from __future__ import annotations
 

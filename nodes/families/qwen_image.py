@@ -1,4 +1,4 @@
-"""Qwen-Image-Edit (first, 2509, 2511): ComfyUI's `comfy.ldm.qwen_image.model.QwenImageTransformer2DModel`."""
+"""Qwen-Image-Edit (first, 2509, 2511, layered): ComfyUI's `comfy.ldm.qwen_image.model.QwenImageTransformer2DModel`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .family import Block, Family, padded_grid
 
 
 def _grid(network: nn.Module, latent: Tensor) -> Grid:
-    """Latents are [B, C, frames, H, W]; the frames stand below one another."""
+    """Latents are [B, C, frames, H, W]; the frames, of which layered makes several, stand below one another."""
     rows, columns = padded_grid(latent, network.patch_size)
     return latent.shape[2] * rows, columns
 

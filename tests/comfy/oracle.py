@@ -67,7 +67,8 @@ class Oracle:
         options = model.model_options["transformer_options"]
         self.previous = options.get("optimized_attention_override", lambda func, *args, **kwargs: func(*args, **kwargs))
         options["optimized_attention_override"] = self.attend
-        model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "oracle", self.call)
+        wrapped = WrappersMP.APPLY_MODEL if self.family.references_at is None else WrappersMP.DIFFUSION_MODEL
+        model.add_wrapper_with_key(wrapped, "oracle", self.call)
         self.percent_to_sigma = model.get_model_object("model_sampling").percent_to_sigma
         return model
 
@@ -78,14 +79,17 @@ class Oracle:
     def call(self, executor, *args, **kwargs):
         """Around one forward pass: who is in the batch, and what has to happen to it."""
         options = next(a for a in args if isinstance(a, dict) and "cond_or_uncond" in a)
-        refs = args[4] if self.family.name == "qwen_image" else args[5]
+        outside = self.family.references_at is None
+        refs = kwargs.get("ref_latents") if outside else args[self.family.references_at]
         if not refs:
             self.rows = None
             return executor(*args, **kwargs)
-        x, context = args[0], args[2]
-        self.text = self.family.text_tokens if self.family.name == "flux2" else context.shape[1]
+        x, text = args[0], args[3 if outside else 2]
+        self.text = self.family.text_tokens if self.family.name == "flux2" else text.shape[1]
         self.target = self.tokens(x)
         self.context = sum(self.tokens(r) for r in refs)
+        self.joint = self.text + self.target + self.context
+        self.layer = -1  # that attended last
         chunks = len(options["cond_or_uncond"])
         images = x.shape[0] // chunks
         sigma, sigmas = options["sigmas"].flatten()[0], options["sample_sigmas"]
@@ -108,13 +112,22 @@ class Oracle:
         self.computed = False
         out = executor(*args, **kwargs)
         assert self.computed, "attach the oracle after a cache, so that skipped steps never reach it"
+        assert self.layer == self.family.depth - 1
         if kind == "anchor":
             self.note(step)
         return out
 
     def tokens(self, image: Tensor) -> int:
         height, width = image.shape[-2:]
-        return math.ceil(height / self.family.patch) * math.ceil(width / self.family.patch)
+        frames = image.shape[2] if image.ndim == 5 else 1
+        return frames * math.ceil(height / self.family.patch) * math.ceil(width / self.family.patch)
+
+    def place(self, part: str, length: int) -> slice:
+        """Where text, target or context ("x", "t", "c") stand among all tokens, or among those of the images."""
+        lengths = {"x": self.text if length == self.joint else 0, "t": self.target, "c": self.context}
+        before, _ = self.family.order.split(part)
+        start = sum(lengths[other] for other in before)
+        return slice(start, start + lengths[part])
 
     def find(self, refs: list[Tensor]) -> Selection:
         """By content; regions of other sizes score apart."""
@@ -139,33 +152,47 @@ class Oracle:
         return last is None or step == last or period > (last - self.first) // self.interval
 
     def attend(self, func, q: Tensor, k: Tensor, v: Tensor, heads: int, mask=None, **kwargs):
-        options = kwargs["transformer_options"]
-        layer = options["block_index"] + (self.family.double_blocks if options["block_type"] == "single" else 0)
+        """Every attention of the network. Those over all tokens are one a layer; Boogu has others within its layers."""
         self.computed = True
-        if self.rows is not None:
-            assert k.shape[2] == self.text + self.target + self.context
-            if self.record and layer in self.layers:
-                self.score(q, k, v, mask)
-            if self.kept is not None and layer >= self.front:
-                hide = torch.zeros(k.shape[0], k.shape[2], dtype=q.dtype)
-                hide[:, -self.context :].masked_fill_(~self.kept, HIDDEN)
-                hide = hide[:, None, None]
-                mask = hide if mask is None else hide + _four_axes(mask)
+        if self.rows is None:
+            return self.previous(func, q, k, v, heads, mask=mask, **kwargs)
+        dim = 2 if kwargs.get("skip_reshape", False) else 1  # of the tokens
+        length = k.shape[dim]
+        if length == self.joint:
+            self.layer += 1
+            if self.record and self.layer in self.layers:
+                self.score(*(x if dim == 2 else _heads_first(x, heads) for x in (q, k, v)), mask)
+        if length == self.joint or (self.layer >= 0 and length == self.target + self.context):
+            k, v, mask = self.change(k, v, mask, self.place("c", length), dim)
         return self.previous(func, q, k, v, heads, mask=mask, **kwargs)
+
+    def change(self, k: Tensor, v: Tensor, mask: Tensor | None, context: slice, dim: int) -> tuple:
+        """What an attention of `self.layer` gets, with the context at this place of the dimension of tokens."""
+        if self.kept is None or self.layer < self.front:
+            return k, v, mask
+        return k, v, self.hide(k, mask, context, dim)
+
+    def hide(self, k: Tensor, mask: Tensor | None, context: slice, dim: int) -> Tensor:
+        """The mask, and no dropped token."""
+        hidden = torch.zeros(k.shape[0], k.shape[dim], dtype=k.dtype)
+        hidden[:, context].masked_fill_(~self.kept, HIDDEN)
+        hidden = hidden[:, None, None]
+        return hidden if mask is None else hidden + _four_axes(mask)
 
     def score(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         """Eq. 9, one head of one row at a time."""
-        rows = slice(self.text, self.text + self.target)
+        target, context = self.place("t", self.joint), self.place("c", self.joint)
+        shared = q.shape[1] // k.shape[1]  # heads of queries that use the same keys
         if mask is not None:
             mask = _four_axes(mask).double().expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
         for row, (selection, image) in enumerate(self.rows):
             for head in range(q.shape[1]):
-                logits = q[row, head, rows].double() @ k[row, head].double().T / q.shape[-1] ** 0.5
+                keys, values = k[row, head // shared].double(), v[row, head // shared].double()
+                logits = q[row, head, target].double() @ keys.T / q.shape[-1] ** 0.5
                 if mask is not None:
-                    logits = logits + mask[row, head, rows]
-                received = logits.softmax(-1).sum(0)[-self.context :]
-                length = v[row, head, -self.context :].double().norm(dim=-1)
-                selection.influence[image] += received * (length if self.use_values else 1.0)
+                    logits = logits + mask[row, head, target]
+                received = logits.softmax(-1).sum(0)[context]
+                selection.influence[image] += received * (values[context].norm(dim=-1) if self.use_values else 1.0)
 
     def select(self, influence: Tensor, count: int | None = None) -> list[int]:
         """Eq. 10 by adding up one token after the other; or the `count` most influential tokens."""
@@ -196,6 +223,11 @@ class Oracle:
 
 def _same(one: list[Tensor], other: list[Tensor]) -> bool:
     return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def _heads_first(x: Tensor, heads: int) -> Tensor:
+    """[B, tokens, all heads] -> [B, heads, tokens, D]"""
+    return x.reshape(*x.shape[:2], heads, -1).movedim(2, 1)
 
 
 def _four_axes(mask: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ written down, and those of dropped tokens are hidden. What the context's own row
 from __future__ import annotations
 
 import torch
-from oracle import FLOAT_ERROR, HIDDEN, Oracle, _four_axes
+from oracle import FLOAT_ERROR, Oracle
 from sampling import difference, kept_sets, kinds, layer_inputs, patch, sample
 from small_models import Family
 from torch import Tensor
@@ -62,29 +62,20 @@ class ReuseOracle(Oracle):
     def choose(self) -> Tensor:
         return torch.cat([self.kept_by[cond] for cond in self.conds])
 
-    def attend(self, func, q: Tensor, k: Tensor, v: Tensor, heads: int, mask=None, **kwargs):
-        options = kwargs["transformer_options"]
-        layer = options["block_index"] + (self.family.double_blocks if options["block_type"] == "single" else 0)
-        self.computed = True
-        if self.rows is not None:
-            number = self.met[layer] = self.met.get(layer, -1) + 1
-            images = k.shape[0] // len(self.conds)
-            if self.record:
-                if layer in self.layers:
-                    self.score(q, k, v, mask)
-                for i, cond in enumerate(self.conds):
-                    rows = slice(i * images, (i + 1) * images)
-                    self.noted_down[cond, layer, number] = tuple(x[rows, :, -self.context :].clone() for x in (k, v))
-            if self.kept is not None:
-                pairs = [self.noted_down[cond, layer, number] for cond in self.conds]
-                k, v = k.clone(), v.clone()
-                k[:, :, -self.context :] = torch.cat([pair[0] for pair in pairs])
-                v[:, :, -self.context :] = torch.cat([pair[1] for pair in pairs])
-                hide = torch.zeros(k.shape[0], k.shape[2], dtype=q.dtype)
-                hide[:, -self.context :].masked_fill_(~self.kept, HIDDEN)
-                hide = hide[:, None, None]
-                mask = hide if mask is None else hide + _four_axes(mask)
-        return self.previous(func, q, k, v, heads, mask=mask, **kwargs)
+    def change(self, k: Tensor, v: Tensor, mask: Tensor | None, context: slice, dim: int) -> tuple:
+        number = self.met[self.layer] = self.met.get(self.layer, -1) + 1
+        images = k.shape[0] // len(self.conds)
+        own = (slice(None),) * dim + (context,)
+        if self.record:
+            for i, cond in enumerate(self.conds):
+                rows = slice(i * images, (i + 1) * images)
+                self.noted_down[cond, self.layer, number] = tuple(x[rows][own].clone() for x in (k, v))
+        if self.kept is None:
+            return k, v, mask
+        keys, values = zip(*(self.noted_down[cond, self.layer, number] for cond in self.conds), strict=True)
+        k, v = k.clone(), v.clone()
+        k[own], v[own] = torch.cat(keys), torch.cat(values)
+        return k, v, self.hide(k, mask, context, dim)
 
 
 def compare_reuse(

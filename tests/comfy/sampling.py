@@ -5,7 +5,7 @@ from __future__ import annotations
 import comfy.sample
 import node_helpers
 import torch
-from small_models import POOLED_WIDTH, TEXT_WIDTH, Family
+from small_models import POOLED_WIDTH, Family
 from torch import Tensor
 
 import nodes
@@ -29,17 +29,19 @@ def conditioning(
     method: str | None = None,
     seed: int = 0,
     tokens: int = 6,
-    width: int = TEXT_WIDTH,
+    width: int | None = None,
     **values,
 ) -> list:
     """What CLIPTextEncode, ReferenceLatent and FluxKontextMultiReferenceLatentMethod would make of a random prompt."""
     generator = torch.Generator().manual_seed(2000 + seed)
-    text = torch.randn(1, tokens, width, generator=generator)
+    text = torch.randn(1, tokens, width or family.text_width, generator=generator)
     cond = [[text, {"pooled_output": torch.randn(1, POOLED_WIDTH, generator=generator)}]]
     for reference in refs or []:
         cond = node_helpers.conditioning_set_values(cond, {"reference_latents": [reference]}, append=True)
-    if method is not None:
-        values["reference_latents_method"] = method
+    if method or family.method:
+        values["reference_latents_method"] = method or family.method
+    if family.token_mask:
+        values["attention_mask"] = torch.ones(1, tokens, dtype=torch.long)
     return node_helpers.conditioning_set_values(cond, values)
 
 

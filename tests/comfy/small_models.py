@@ -13,11 +13,16 @@ import comfy.ops
 import comfy.sd
 import comfy.supported_models
 import torch
+from comfy.ldm.boogu.model import BooguTransformer2DModel
 from comfy.ldm.flux.model import Flux
+from comfy.ldm.joyimage.model import JoyImageTransformer3DModel
+from comfy.ldm.krea2.model import SingleStreamDiT
+from comfy.ldm.mage_flow.model import MageFlowTransformer2DModel
+from comfy.ldm.omnigen.omnigen2 import OmniGen2Transformer2DModel
 from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 from torch import Tensor, nn
 
-HIDDEN = 256  # two heads of 128
+HIDDEN = 256  # of values: two heads of 128, but for OmniGen2 and Boogu
 TEXT_WIDTH = 48
 POOLED_WIDTH = 32
 
@@ -33,30 +38,90 @@ class Family:
     patch: int  # latent pixels a token, along one axis
     channels: int  # of its latents
     frames: bool  # whether its latents have a time axis
-    methods: tuple[str, ...]  # its reference methods
+    methods: tuple[str | None, ...]  # its reference methods
     text_tokens: int = 6  # in a sequence, when a prompt has 6 tokens
     double_blocks: int = field(kw_only=True)
+    text_width: int = field(default=TEXT_WIDTH, kw_only=True)
+    order: str = field(default="xtc", kw_only=True)  # of text, target and context in its attention
+    references_at: int | None = field(
+        default=4, kw_only=True
+    )  # their place among its arguments; None: it has no wrapper
+    replacements: bool = field(default=True, kw_only=True)  # whether ComfyUI lets its blocks be replaced
+    control: bool = field(default=False, kw_only=True)  # whether it takes a ControlNet's residuals
+    method: str | None = field(default=None, kw_only=True)  # without one it would leave the references out
+    token_mask: bool = field(default=False, kw_only=True)  # whether it counts its text by the attention mask
 
 
 # ComfyUI itself cannot run index_timestep_zero on FLUX.1, whose modulation is by block.
-FLUX1 = Family("flux1", 8, (1, 4, 6), 2, 2, 16, False, ("offset", "index", "uxo"), double_blocks=3)
-FLUX2 = Family("flux2", 4, (0, 2, 3), 1, 1, 128, False, (*FLUX1.methods, "index_timestep_zero"), 512, double_blocks=1)
+FLUX1 = Family(
+    "flux1", 8, (1, 4, 6), 2, 2, 16, False, ("offset", "index", "uxo"), double_blocks=3, references_at=5, control=True
+)
+FLUX2 = Family(
+    "flux2", 4, (0, 2, 3), 1, 1, 128, False, (*FLUX1.methods, "index_timestep_zero"), 512,
+    double_blocks=1, references_at=5, control=True,
+)  # fmt: skip
 _QWEN_METHODS = ("offset", "index", "negative_index", "index_timestep_zero")
-QWEN = Family("qwen_image", 6, (2, 3, 5), 2, 2, 16, True, _QWEN_METHODS, double_blocks=6)
-FAMILIES = (FLUX1, FLUX2, QWEN)
+QWEN = Family("qwen_image", 6, (2, 3, 5), 2, 2, 16, True, _QWEN_METHODS, double_blocks=6, control=True)
+MAGE = Family("mage_flow", 5, (1, 2, 4), 2, 1, 128, False, (None,), double_blocks=5, control=True)
+JOY = Family(
+    "joyimage", 4, (0, 2, 3), 1, 2, 16, True, (None,), double_blocks=4, text_width=4096, order="tcx", references_at=3
+)
+KREA = Family(
+    "krea2", 4, (1, 2, 3), 1, 2, 16, True, ("index", "index_timestep_zero"), double_blocks=0, text_width=80,
+    replacements=False, method="index",
+)  # fmt: skip
+OMNI = Family(
+    "omnigen2", 4, (1, 2, 3), 1, 2, 16, False, (None,), double_blocks=0, order="xct", references_at=None,
+    replacements=False, token_mask=True,
+)  # fmt: skip
+BOOGU = Family(
+    "boogu", 5, (1, 2, 4), 1, 2, 16, False, (None,), double_blocks=2, order="xct", references_at=None,
+    replacements=False, token_mask=True,
+)  # fmt: skip
+FAMILIES = (FLUX1, FLUX2, QWEN, MAGE, JOY, KREA, OMNI, BOOGU)
 
-_FLUX1 = dict(
-    in_channels=16, out_channels=16, vec_in_dim=POOLED_WIDTH, context_in_dim=TEXT_WIDTH, hidden_size=HIDDEN,
-    mlp_ratio=4.0, num_heads=2, depth=3, depth_single_blocks=5, axes_dim=[16, 56, 56], theta=10000, patch_size=2,
-    qkv_bias=True, guidance_embed=True, txt_ids_dims=[],
+_LUMINA = dict(
+    hidden_size=256, num_attention_heads=4, num_kv_heads=2, num_refiner_layers=1, multiple_of=64,
+    axes_dim_rope=(16, 24, 24), timestep_scale=1000.0,
 )  # fmt: skip
-_FLUX2 = dict(
-    in_channels=128, out_channels=128, vec_in_dim=None, context_in_dim=TEXT_WIDTH, hidden_size=HIDDEN, mlp_ratio=3.0,
-    num_heads=2, depth=1, depth_single_blocks=3, axes_dim=[32, 32, 32, 32], theta=2000, patch_size=1, qkv_bias=False,
-    guidance_embed=True, txt_ids_dims=[3], global_modulation=True, mlp_silu_act=True, ops_bias=False,
-    default_ref_method="index", ref_index_scale=10.0,
-)  # fmt: skip
-_QWEN = dict(num_layers=6, attention_head_dim=128, num_attention_heads=2, joint_attention_dim=TEXT_WIDTH)
+NETWORKS = {  # the class of a family's network, and its settings
+    "flux1": (Flux, dict(
+        in_channels=16, out_channels=16, vec_in_dim=POOLED_WIDTH, context_in_dim=TEXT_WIDTH, hidden_size=HIDDEN,
+        mlp_ratio=4.0, num_heads=2, depth=3, depth_single_blocks=5, axes_dim=[16, 56, 56], theta=10000, patch_size=2,
+        qkv_bias=True, guidance_embed=True, txt_ids_dims=[],
+    )),
+    "flux2": (Flux, dict(
+        in_channels=128, out_channels=128, vec_in_dim=None, context_in_dim=TEXT_WIDTH, hidden_size=HIDDEN,
+        mlp_ratio=3.0, num_heads=2, depth=1, depth_single_blocks=3, axes_dim=[32, 32, 32, 32], theta=2000,
+        patch_size=1, qkv_bias=False, guidance_embed=True, txt_ids_dims=[3], global_modulation=True,
+        mlp_silu_act=True, ops_bias=False, default_ref_method="index", ref_index_scale=10.0,
+    )),
+    "qwen_image": (QwenImageTransformer2DModel, dict(
+        num_layers=6, attention_head_dim=128, num_attention_heads=2, joint_attention_dim=TEXT_WIDTH,
+    )),
+    "mage_flow": (MageFlowTransformer2DModel, dict(
+        num_layers=5, num_attention_heads=2, joint_attention_dim=TEXT_WIDTH,
+    )),
+    "joyimage": (JoyImageTransformer3DModel, dict(
+        num_layers=4, hidden_size=256, num_attention_heads=2, text_dim=4096, theta=10000,
+    )),
+    "krea2": (SingleStreamDiT, dict(
+        features=512, heads=4, kvheads=2, layers=4, txtdim=40, txtlayers=2,
+    )),
+    "omnigen2": (OmniGen2Transformer2DModel, dict(num_layers=4, text_feat_dim=TEXT_WIDTH, **_LUMINA)),
+    "boogu": (BooguTransformer2DModel, dict(
+        num_layers=3, num_double_stream_layers=2, instruction_feat_dim=TEXT_WIDTH, **_LUMINA,
+    )),
+}  # fmt: skip
+UNDETECTED = {
+    # ComfyUI's loader takes each of these for its published width, 0.7 GB a block for Qwen-Image even in 16 bits, so
+    # small ones are built from ComfyUI's configuration classes.
+    "qwen_image": comfy.supported_models.QwenImage,
+    "mage_flow": comfy.supported_models.MageFlow,
+    "omnigen2": comfy.supported_models.Omnigen2,
+    "boogu": comfy.supported_models.Boogu,
+}
+SEEDS = {"flux1": 8, "flux2": 6, "qwen_image": 5, "mage_flow": 5, "joyimage": 4, "krea2": 4, "omnigen2": 4, "boogu": 5}
 
 
 def random_weights(module: nn.Module, seed: int) -> dict[str, Tensor]:
@@ -69,9 +134,11 @@ def random_weights(module: nn.Module, seed: int) -> dict[str, Tensor]:
             weights[name] = value
         elif value.ndim > 1:
             weights[name] = noise * value[0].numel() ** -0.5
-            if name.endswith((".to_v.weight", ".qkv.weight", ".linear1.weight")):
-                values = weights[name][0 if "to_v" in name else 2 * HIDDEN :][:HIDDEN]
+            if name.endswith(("to_v.weight", ".wv.weight", "qkv.weight", ".linear1.weight")):
+                values = weights[name][2 * HIDDEN if "qkv" in name or "linear1" in name else 0 :][:HIDDEN]
                 values[::128] *= 8  # so that their lengths differ between tokens
+        elif name.endswith(("qnorm.scale", "knorm.scale")):
+            weights[name] = 0.5 + 0.2 * noise  # Krea 2 adds 1
         elif "norm" in name:
             weights[name] = 1.5 + 0.2 * noise  # of queries and keys: logits with a deviation above 2
         else:
@@ -79,11 +146,15 @@ def random_weights(module: nn.Module, seed: int) -> dict[str, Tensor]:
     return weights
 
 
+def build(family: Family, **settings) -> nn.Module:
+    """The network of a small model, with weights that nobody has set yet."""
+    cls, own = NETWORKS[family.name]
+    return cls(dtype=torch.float32, operations=comfy.ops.disable_weight_init, **own | settings)
+
+
 @functools.cache
-def _flux_weights(name: str) -> dict[str, Tensor]:
-    config = {"flux1": _FLUX1, "flux2": _FLUX2}[name]
-    module = Flux(dtype=torch.float32, operations=comfy.ops.disable_weight_init, **config)
-    return random_weights(module, seed=len(name) + config["depth"])
+def _weights(family: Family) -> dict[str, Tensor]:
+    return random_weights(build(family), SEEDS[family.name])
 
 
 def patcher(config, weights: dict[str, Tensor], dtype=torch.float32, cast=None) -> comfy.model_patcher.ModelPatcher:
@@ -95,21 +166,15 @@ def patcher(config, weights: dict[str, Tensor], dtype=torch.float32, cast=None) 
     return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
 
 
-def load(family: Family, dtype: torch.dtype = torch.float32, reference_method: str | None = None):
-    """A new, independent model of the family.
-
-    FLUX goes through ComfyUI's loader, which detects it. The loader takes every Qwen-Image for 3072 wide, 0.7 GB a
-    block even in 16 bits, so a small one is built from ComfyUI's configuration class, with a default reference method.
-    """
-    if family.name != "qwen_image":
-        weights = {k: v.to(dtype) for k, v in _flux_weights(family.name).items()}
+def load(family: Family, dtype: torch.dtype = torch.float32, **settings):
+    """A new, independent model of the family, through ComfyUI's loader where it detects what it is."""
+    weights = random_weights(build(family, **settings), SEEDS[family.name]) if settings else _weights(family)
+    weights = {k: v.to(dtype) for k, v in weights.items()}
+    if family.name not in UNDETECTED:
         return comfy.sd.load_diffusion_model_state_dict(weights, model_options={"dtype": dtype})
-    settings = dict(_QWEN) | ({"default_ref_method": reference_method} if reference_method else {})
-    module = QwenImageTransformer2DModel(dtype=torch.float32, operations=comfy.ops.disable_weight_init, **settings)
-    weights = {k: v.to(dtype) for k, v in random_weights(module, seed=5).items()}
     cast = None if dtype == torch.float32 else torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    config = comfy.supported_models.QwenImage({"image_model": "qwen_image", **settings})
-    return patcher(config, weights, dtype, cast)
+    settings = {"image_model": family.name} | NETWORKS[family.name][1] | settings
+    return patcher(UNDETECTED[family.name](settings), weights, dtype, cast)
 
 
 def load_qwen_of_true_width():

@@ -19,9 +19,10 @@ from sampling import (
     run_node,
     sample,
 )
-from small_models import FAMILIES, FLUX1, FLUX2, QWEN, load, shared
+from small_models import FAMILIES, FLUX1, FLUX2, KREA, MAGE, QWEN, load, shared
 
 by_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+by_replaceable = pytest.mark.parametrize("family", [f for f in FAMILIES if f.replacements], ids=lambda f: f.name)
 by_order = pytest.mark.parametrize("order", ["before", "after"])
 
 
@@ -30,7 +31,9 @@ def with_lora(model):
     generator = torch.Generator().manual_seed(11)
     lora = {}
     for name, weight in model.model.diffusion_model.state_dict().items():
-        if any(name.endswith(end) for end in ("qkv.weight", "linear1.weight", "to_q.weight", "to_v.weight")):
+        if any(
+            name.endswith(end) for end in ("qkv.weight", "linear1.weight", "to_q.weight", "to_v.weight", "wv.weight")
+        ):
             name = f"diffusion_model.{name.removesuffix('.weight')}"
             rows, columns = weight.shape
             lora[f"{name}.lora_A.weight"] = torch.randn(4, columns, generator=generator) * columns**-0.5
@@ -67,22 +70,23 @@ CACHE = {"reuse_threshold": 1.2, "start_percent": 0.1, "end_percent": 0.95}
 
 @by_order
 @pytest.mark.parametrize("cache", ["EasyCache", "LazyCache"])
-@pytest.mark.parametrize("family", [FLUX1, QWEN], ids=lambda f: f.name)
+@pytest.mark.parametrize("family", [FLUX1, QWEN, KREA], ids=lambda f: f.name)
 def test_caches_that_skip_steps(family, cache, order):
     """Skipped steps are skipped, and an anchor among them happens at the next step that is computed."""
     positive, negative = conditioning(family, [latent(family)]), conditioning(family, [latent(family)], seed=1)
     sampling = dict(latent=empty(family), cfg=1.5, steps=16)
     inputs = {"tau": 0.75, "update_interval": 3}
+    settings = CACHE | ({"reuse_threshold": 2.0} if family is KREA else {})  # so that an anchor is among the skipped
     model = shared(family)
     if order == "before":
-        model = run_node(cache, model=model, **CACHE)[0]
+        model = run_node(cache, model=model, **settings)[0]
     patched, trace = patch(model, **inputs, **layer_inputs(family))
     if order == "after":
-        patched = run_node(cache, model=patched, **CACHE)[0]
+        patched = run_node(cache, model=patched, **settings)[0]
     image = sample(patched, positive, negative, **sampling)
 
     oracle = Oracle(family, **inputs)
-    expected = oracle.attach(run_node(cache, model=shared(family), **CACHE)[0])
+    expected = oracle.attach(run_node(cache, model=shared(family), **settings)[0])
     assert difference(image, sample(expected, positive, negative, **sampling)) < FLOAT_ERROR
     assert kept_sets(trace) == oracle.anchors
     computed = {step for step, _, _ in oracle.calls}
@@ -119,10 +123,10 @@ class SmallControl(ControlBase):
         return control
 
 
-@by_family
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.control], ids=lambda f: f.name)
 def test_controlnet(family):
     """Its residuals go to the target's tokens, which stand before the references."""
-    refs, control = [latent(family)], SmallControl(family, outputs=family is not QWEN)
+    refs, control = [latent(family)], SmallControl(family, outputs=family not in (QWEN, MAGE))
     image, _, _ = compare(family, shared(family), conditioning(family, refs, control=control), latent=empty(family))
     without, _, _ = compare(family, shared(family), conditioning(family, refs), latent=empty(family))
     assert difference(image, without) > 1e-2
@@ -134,7 +138,7 @@ def block_names(family):
 
 
 @by_order
-@by_family
+@by_replaceable
 def test_block_replacements_of_others_are_still_called(family, order):
     """They change what every block gives, and are called for every block and step."""
     calls = []
@@ -170,7 +174,7 @@ def test_attention_overrides_of_others_are_still_called(family, order):
     lengths = []
 
     def override(func, q, k, v, heads, *args, **kwargs):
-        lengths.append(k.shape[2])
+        lengths.append(k.shape[2 if kwargs.get("skip_reshape") else 1])
         return func(q * 0.9, k, v, heads, *args, **kwargs)
 
     def attach(model):
@@ -182,10 +186,37 @@ def test_attention_overrides_of_others_are_still_called(family, order):
     inputs = {"tau": 0.8, "update_interval": 3}
     patched, trace = patch_with(attach, order, family, **inputs)
     image = sample(patched, positive, latent=start)
-    assert len(lengths) == 4 * family.depth and len(set(lengths)) == 2  # all, and what the first anchor left
+    kept = int(last_run(trace).anchors[0].kept.sum())
+    full, short = (lengths.count(family.text_tokens + 64 + count) for count in (64, kept))
+    assert (full, short) == (2 * family.depth + 2 * family.front_layers, 2 * (family.depth - family.front_layers))
     oracle = Oracle(family, **inputs)
     assert difference(image, sample(oracle.attach(attach(shared(family))), positive, latent=start)) < FLOAT_ERROR
     assert kept_sets(trace) == oracle.anchors
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if not f.replacements], ids=lambda f: f.name)
+def test_hooks_of_others_on_the_blocks_are_still_called(family):
+    """Where a pack has nothing else to change a block with."""
+    model = shared(family)
+    network = model.model.diffusion_model
+    names = {"krea2": "blocks.1", "omnigen2": "layers.1", "boogu": "single_stream_layers.1"}
+    block = network.get_submodule(names[family.name])
+    calls = []
+
+    def after(module, args, output):
+        calls.append(output.shape[1])
+        return output * 1.02
+
+    positive, start = conditioning(family, [latent(family)]), empty(family)
+    inputs = {"tau": 0.8, "update_interval": 3}
+    with block.register_forward_hook(after):
+        patched, trace = patch(model, **layer_inputs(family), **inputs)
+        image = sample(patched, positive, latent=start)
+        assert len(calls) == 4 and calls[1] < calls[0]
+        oracle = Oracle(family, **inputs)
+        assert difference(image, sample(oracle.attach(model), positive, latent=start)) < FLOAT_ERROR
+    assert kept_sets(trace) == oracle.anchors
+    assert difference(image, compare(family, model, positive, latent=start, inputs=inputs)[0]) > 1e-3
 
 
 def test_other_wrappers_around_the_network_are_still_called():
@@ -229,16 +260,17 @@ def test_a_compiled_model_is_refused_when_sampling_starts(order):
 
 @by_order
 @pytest.mark.parametrize("mode", ["prune", "reuse"])
-def test_flux_kv_cache_is_refused_by_name(order, mode):
+@pytest.mark.parametrize("family", [FLUX2, QWEN, KREA], ids=lambda f: f.name)
+def test_flux_kv_cache_is_refused_by_name(family, order, mode):
     """It takes the references out of the sequence after the first step: there is nothing left to prune or to reuse."""
-    model = shared(FLUX2)
+    model = shared(family)
     if order == "before":
         model = run_node("FluxKVCache", model=model)[0]
-    model = patch(model, mode=mode, **layer_inputs(FLUX2))[0]
+    model = patch(model, mode=mode, **layer_inputs(family))[0]
     if order == "after":
         model = run_node("FluxKVCache", model=model)[0]
     with pytest.raises(RuntimeError, match=r"remove FluxKVCache, or bypass ToPi Patch") as refusal:
-        sample(model, conditioning(FLUX2, [latent(FLUX2)]), latent=empty(FLUX2))
+        sample(model, conditioning(family, [latent(family)]), latent=empty(family))
     assert "\n" not in str(refusal.value)
 
 

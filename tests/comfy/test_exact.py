@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracle import FLOAT_ERROR, Oracle, compare
 from sampling import conditioning, difference, empty, kept_sets, kinds, last_run, latent, layer_inputs, patch, sample
-from small_models import FAMILIES, FLUX1, FLUX2, QWEN, load, load_qwen_of_true_width, shared
+from small_models import FAMILIES, FLUX1, FLUX2, JOY, KREA, MAGE, QWEN, load, load_qwen_of_true_width, shared
 
 by_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 by_method = pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_the_share_of_attention_alone_is_the_score_of_the_attention_metric(famil
 
 def test_qwen_2511_marks_its_reference_method_in_the_model():
     """`index_timestep_zero` without a word in the conditioning: references are modulated for timestep 0."""
-    model = load(QWEN, reference_method="index_timestep_zero")
+    model = load(QWEN, default_ref_method="index_timestep_zero")
     positive, start = conditioning(QWEN, [latent(QWEN)]), empty(QWEN)
     image, _, _ = compare(QWEN, model, positive, latent=start)
     assert difference(image, compare(QWEN, shared(QWEN), positive, latent=start)[0]) > FLOAT_ERROR
@@ -146,3 +146,77 @@ def test_pruning_to_a_crop_equals_a_cropped_reference(family):
     assert difference(image, cropped) < FLOAT_ERROR
     uncut = sample(model, masked + conditioning(family, [whole], "offset", **later), latent=start)
     assert difference(image, uncut) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("family", "values"),
+    [
+        (MAGE, "transformer_blocks.{}.attn.to_v"),
+        (JOY, "double_blocks.{}.attn.img_attn_qkv"),
+        (KREA, "blocks.{}.attn.wv"),
+    ],
+    ids=lambda v: getattr(v, "name", ""),
+)
+@pytest.mark.parametrize("drop", ["half of a reference", "a reference"])
+def test_what_is_dropped_might_as_well_never_have_been_given(family, values, drop):
+    """As above, but for other means: at the anchor the last tokens' values are zero, so that they have no influence.
+
+    OmniGen2 and Boogu mix the references, and shift the target by them, before the first block.
+    """
+    if family is MAGE and drop == "half of a reference":
+        pytest.skip("its positions are counted from the middle of a reference")
+    model, start = shared(family), empty(family)
+    less = [latent(family, 8, 16)] if drop == "half of a reference" else [latent(family)]
+    more = [latent(family, 8, 16, seed=1)]
+    whole = [torch.cat(less + more, -2)] if drop == "half of a reference" else less + more
+    gone = 32
+
+    def no_values(module, args, out):
+        out[:, -gone:, -width // (3 if family is JOY else 1) :] = 0
+
+    def first(refs):
+        return conditioning(family, refs, end_percent=0.1)
+
+    def later(refs):
+        return conditioning(family, refs, start_percent=0.1)
+
+    share = 1 - gone / (gone + sum(one.shape[-1] * one.shape[-2] for one in less) // family.patch**2)
+    inputs = {"min_keep": share, "max_keep": share, "layers": layer_inputs(family)["layers"], "front_layers": 0}
+    patched, trace = patch(model, **inputs)
+    results = []
+    for network, refs in ((patched, whole), (model, less), (model, whole)):
+        modules = [model.model.diffusion_model.get_submodule(values.format(i)) for i in range(family.depth)]
+        width = modules[0].out_features
+        handles = [module.register_forward_hook(no_values) for module in modules]
+
+        def unhook(i, x0, x, total_steps, handles=handles):
+            for handle in handles:
+                handle.remove()
+
+        results.append(sample(network, first(whole) + later(refs), latent=start, callback=unhook))
+    image, cropped, uncut = results
+    (anchor,) = last_run(trace).anchors
+    kept = anchor.kept[0].nonzero().flatten().tolist()
+    assert kept == list(range(anchor.layout.context_tokens - gone))
+    assert difference(image, cropped) < FLOAT_ERROR
+    assert difference(image, uncut) > 1e-3
+
+
+@pytest.mark.parametrize("channels", [32, 96], ids=["control", "fill"])
+def test_flux_with_channels_for_more_than_the_latent(channels):
+    """FLUX.1 Fill, Canny and Depth get the latent with an image and a mask beside it, 96 or 32 channels in all.
+
+    ComfyUI joins references to that before the first layer, so they need as many channels: those of its VAE, with 16,
+    it cannot take. Without references the model runs untouched.
+    """
+    model, start = load(FLUX1, in_channels=channels), empty(FLUX1)
+    assert model.model.diffusion_model.in_channels != model.model.diffusion_model.out_channels
+    picture = {"concat_latent_image": latent(FLUX1, seed=3)}
+    wide = [torch.cat([latent(FLUX1, seed=seed) for seed in range(channels // 16)], 1)]
+    compare(FLUX1, model, conditioning(FLUX1, wide, **picture), latent=start)
+    patched, trace = patch(model, tau=0.5, **layer_inputs(FLUX1))
+    positive = conditioning(FLUX1, **picture)
+    assert torch.equal(sample(patched, positive, latent=start), sample(model, positive, latent=start))
+    assert not last_run(trace).anchors
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+        sample(model, conditioning(FLUX1, [latent(FLUX1)], **picture), latent=start)

@@ -4,7 +4,7 @@ import pytest
 from comfy.model_patcher import ModelPatcher
 from oracle import FLOAT_ERROR, compare
 from sampling import conditioning, difference, empty, kept_sets, kinds, last_run, latent, layer_inputs, patch, sample
-from small_models import FAMILIES, FLUX1, FLUX2, QWEN, shared
+from small_models import BOOGU, FAMILIES, FLUX1, FLUX2, JOY, KREA, OMNI, QWEN, shared
 
 import nodes
 
@@ -32,7 +32,7 @@ def as_class(cls, model):
     return patcher
 
 
-@pytest.mark.parametrize("family", [FLUX1, QWEN], ids=lambda f: f.name)
+@pytest.mark.parametrize("family", [FLUX1, QWEN, BOOGU], ids=lambda f: f.name)
 @pytest.mark.parametrize("memory", [ShortOfMemory, MemoryComesAndGoes])
 def test_how_conds_are_batched_changes_nothing(family, memory):
     """The selection comes from the sum over cond and uncond, in whatever calls they arrive."""
@@ -47,7 +47,7 @@ def test_how_conds_are_batched_changes_nothing(family, memory):
     assert len({tuple(conds) for _, _, conds in oracle.calls}) == (2 if memory is ShortOfMemory else 3)
 
 
-@pytest.mark.parametrize("family", [FLUX1, QWEN], ids=lambda f: f.name)
+@pytest.mark.parametrize("family", [FLUX1, QWEN, JOY, OMNI], ids=lambda f: f.name)
 def test_prompts_of_different_lengths_share_a_selection(family):
     """They come in two calls, as they cannot be concatenated; Qwen-Image's prompts are always like that."""
     refs = [latent(family)]
@@ -75,7 +75,7 @@ def test_a_negative_prompt_without_references(family):
     assert kept_sets(guided)[0] == kept_sets(alone)[0]
 
 
-@pytest.mark.parametrize("family", [FLUX1, QWEN], ids=lambda f: f.name)
+@pytest.mark.parametrize("family", [FLUX1, QWEN, JOY, KREA, BOOGU], ids=lambda f: f.name)
 def test_conds_with_other_references_keep_their_own_selection(family):
     """Two conds of one call that keep different numbers are filled up, by influence, to the larger."""
     one, two = latent(family, seed=1), empty(family)
@@ -100,7 +100,7 @@ def test_images_of_a_batch_with_references_of_their_own():
     assert last_run(trace).anchors[0].kept.shape == (3, 64)
 
 
-@pytest.mark.parametrize("family", [FLUX1, FLUX2], ids=lambda f: f.name)
+@pytest.mark.parametrize("family", [FLUX1, FLUX2, OMNI], ids=lambda f: f.name)
 def test_regions(family):
     """ConditioningSetArea: a cond sees a part of the target, and the same references."""
     set_area = nodes.ConditioningSetArea().append

@@ -1,17 +1,20 @@
 """The node's inputs, and one sentence for each bad one: what was given, and what is allowed."""
 
 import comfy.ldm.chroma.model
+import comfy.ldm.hidream_o1.model
+import comfy.ldm.lumina.model
 import comfy.ldm.modules.diffusionmodules.openaimodel
 import comfy.ops
 import comfy.supported_models
 import pytest
 import torch
 from sampling import conditioning, empty, last_run, latent, patch, sample
-from small_models import FAMILIES, FLUX1, patcher, random_weights, shared
+from small_models import FAMILIES, FLUX1, NETWORKS, patcher, random_weights, shared
 
 import nodes
 
 by_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+SUPPORTED = ("FLUX.1", "FLUX.2", "Qwen-Image", "Mage-Flow", "JoyImage", "Krea 2", "OmniGen2", "Boogu")
 INPUTS = {  # id: (type, default, lowest, highest, advanced); workflows that people saved depend on all of it
     "model": ("MODEL", None, None, None, False),
     "tau": ("FLOAT", 0.85, 0, 1, False),
@@ -129,12 +132,47 @@ def stable_diffusion():
     return patcher(comfy.supported_models.SD15(settings), random_weights(network, 1))
 
 
+def with_network(cls, **settings):
+    """A model whose network another pack has replaced: the class counts, so it gets no weights."""
+    with torch.device("meta"):
+        network = cls(dtype=torch.float32, operations=comfy.ops.disable_weight_init, **settings)
+    model = shared(FLUX1).clone()
+    model.add_object_patch("diffusion_model", network)
+    return model
+
+
+def nunchaku():
+    """An engine's own network in place of ComfyUI's, often made from its class."""
+    engine = type("NunchakuQwenImageTransformer2DModel", (NETWORKS["qwen_image"][0],), {})
+    return with_network(engine, **NETWORKS["qwen_image"][1])
+
+
+def z_image_omni():
+    """Its output is cut out at a place behind the references, so none of them can go."""
+    settings = dict(n_layers=1, n_refiner_layers=1, cap_feat_dim=48, pad_tokens_multiple=32, siglip_feat_dim=16)
+    return with_network(comfy.ldm.lumina.model.NextDiT, **settings)
+
+
+def hidream_o1():
+    """It keeps keys and values of its references itself."""
+    small = {"hidden_size": 64, "num_hidden_layers": 1}
+    return with_network(comfy.ldm.hidream_o1.model.HiDreamO1Transformer, text_config_overrides=small)
+
+
 @pytest.mark.parametrize(
-    ("make", "name"), [(chroma, "Chroma"), (stable_diffusion, "UNetModel")], ids=["chroma", "sd15"]
+    ("make", "name"),
+    [
+        (chroma, "Chroma"),
+        (stable_diffusion, "UNetModel"),
+        (nunchaku, "NunchakuQwenImageTransformer2DModel"),
+        (z_image_omni, "NextDiT"),
+        (hidream_o1, "HiDreamO1Transformer"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_an_unsupported_model_is_named_with_the_supported_ones(make, name):
     with pytest.raises(ValueError) as refusal:
         patch(make())
     sentence = str(refusal.value)
-    assert name in sentence and all(known in sentence for known in ("FLUX.1", "FLUX.2", "Qwen-Image"))
+    assert name in sentence and all(known in sentence for known in SUPPORTED)
     assert "\n" not in sentence

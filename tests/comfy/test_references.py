@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracle import compare
 from sampling import conditioning, empty, last_run, latent, layer_inputs, patch, sample
-from small_models import FAMILIES, FLUX1, FLUX2, QWEN, shared
+from small_models import FAMILIES, FLUX1, KREA, QWEN, load, shared
 
 by_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 SIZES = [(16, 16), (8, 20), (22, 12), (4, 6)]
@@ -24,12 +24,13 @@ def test_one_to_four_references_of_different_sizes(family, count):
     assert layout.context_tokens == sum(h * w // 4 for h, w in SIZES[:count])
 
 
-@pytest.mark.parametrize("family", [FLUX1, QWEN], ids=lambda f: f.name)
-@pytest.mark.parametrize("method", ["offset", "index", "uxo"])
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [(f, m) for f in FAMILIES if f.patch > 1 for m in f.methods if m != "negative_index"],
+    ids=lambda v: getattr(v, "name", v),
+)
 def test_sizes_that_are_no_multiple_of_the_patch(family, method):
-    """Target and references are padded by the model; FLUX.2 has one token a latent pixel."""
-    if method not in family.methods:
-        method = None
+    """Target and references are padded by the model; FLUX.2 and Mage-Flow have one token a latent pixel."""
     refs = [latent(family, 15, 11), latent(family, 9, 14, seed=1)]
     positive, start = conditioning(family, refs, method), empty(family, 13, 17)
     image, trace, _ = compare(family, shared(family), positive, latent=start)
@@ -53,6 +54,36 @@ def test_without_references_the_model_runs_untouched(family):
     assert not any(run.anchors for run in trace.runs)
 
 
+def test_krea_ignores_references_that_come_without_a_method():
+    """As ComfyUI does, unless the model itself has a method: then they count."""
+    positive, start = conditioning(KREA, [latent(KREA)]), empty(KREA)
+    positive = [
+        [text, {k: v for k, v in values.items() if k != "reference_latents_method"}] for text, values in positive
+    ]
+    patched, trace = patch(shared(KREA), tau=0.5, **layer_inputs(KREA))
+    image = sample(patched, positive, latent=start)
+    assert torch.equal(image, sample(shared(KREA), conditioning(KREA), latent=start))
+    assert not last_run(trace).anchors and last_run(trace).context_tokens == 0
+    model = shared(KREA).clone()
+    model.add_object_patch("diffusion_model.default_ref_method", "index")
+    compare(KREA, model, positive, latent=start)
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+def test_layers_of_qwen_image_layered(frames):
+    """The target is several pictures, one a frame; its references may be too, and are placed before it."""
+    model = load(QWEN, use_additional_t_cond=True, default_ref_method="negative_index")
+    start = empty(QWEN).expand(-1, -1, 3, -1, -1).contiguous()
+    refs = [torch.cat([latent(QWEN, 8, 12, seed=seed) for seed in range(frames)], 2), latent(QWEN, seed=5)]
+    positive, negative = conditioning(QWEN, refs), conditioning(QWEN, refs, seed=1, tokens=9)
+    image, trace, _ = compare(QWEN, model, positive, negative, cfg=2.0, latent=start)
+    assert image.shape == start.shape
+    layout = last_run(trace).anchors[0].layout
+    assert layout.target_grid == (3 * 8, 8) and layout.reference_grids == ((frames * 4, 6), (8, 8))
+    patched, _ = patch(model, tau=1.0, **layer_inputs(QWEN))
+    assert torch.equal(sample(patched, positive, latent=start), sample(model, positive, latent=start))
+
+
 def test_a_reference_of_one_token():
     model, start = shared(FLUX1), empty(FLUX1)
     positive = conditioning(FLUX1, [latent(FLUX1, 2, 2)])
@@ -61,7 +92,7 @@ def test_a_reference_of_one_token():
     assert last_run(trace).anchors[0].kept.tolist() == [[True]]
 
 
-@pytest.mark.parametrize("family", [FLUX1, FLUX2], ids=lambda f: f.name)
+@by_family
 def test_the_trace_counts_what_was_dropped(family):
     """A pruned step's tokens are text, target and the kept ones; shares are means of the kept masks."""
     refs = [latent(family), latent(family, 12, 20, seed=1)]

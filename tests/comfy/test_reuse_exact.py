@@ -102,7 +102,7 @@ def test_a_text_mask_of_qwen():
 
 
 def test_qwen_2511_with_its_own_reference_method():
-    model = load(QWEN, reference_method="index_timestep_zero")
+    model = load(QWEN, default_ref_method="index_timestep_zero")
     compare_reuse(QWEN, model, conditioning(QWEN, [latent(QWEN)]), latent=empty(QWEN))
 
 

@@ -1,0 +1,39 @@
+"""Boogu-Image: ComfyUI's `comfy.ldm.boogu.model.BooguTransformer2DModel`; its target comes last.
+
+Its double blocks attend twice: over everything, which is what ToPi listens to, and over the images alone.
+"""
+
+from __future__ import annotations
+
+from comfy.ldm.boogu.model import BooguTransformer2DModel
+from torch import nn
+
+from .family import Block, Family, padded_grid
+
+
+def _blocks(network: nn.Module) -> list[Block]:
+    double = [Block("double_block", i, layer) for i, layer in enumerate(network.double_stream_layers)]
+    return double + [Block("single_block", i, layer) for i, layer in enumerate(network.single_stream_layers)]
+
+
+BOOGU = Family(
+    name="boogu",
+    label="Boogu",
+    matches=lambda network: type(network) is BooguTransformer2DModel,
+    blocks=_blocks,
+    grid=lambda network, latent: padded_grid(latent, network.patch_size),
+    hidden=lambda network: network.hidden_size,
+    linear=31,  # 32 single blocks of 29 (key heads 7 of 28, gated MLP 4.04 d wide), 8 double blocks of 36
+    order=("text", "references", "target"),
+    pe_dim=1,
+    arguments={
+        "img_hidden_states": "img",
+        "instruct_hidden_states": "txt",
+        "joint_rotary_emb": "pe",
+        "img_rotary_emb": "image_pe",
+        "joint_attention_mask": "attn_mask",
+        "hidden_states": "img",  # of a single block, from here on
+        "image_rotary_emb": "pe",
+        "attention_mask": "attn_mask",
+    },
+)

@@ -1,0 +1,29 @@
+"""JoyImage-Edit: ComfyUI's `comfy.ldm.joyimage.model.JoyImageTransformer3DModel`; its text comes last."""
+
+from __future__ import annotations
+
+from comfy.ldm.joyimage.model import JoyImageTransformer3DModel
+from torch import Tensor, nn
+
+from ...topi_core.layout import Grid
+from .family import Block, Family, padded_grid
+
+
+def _grid(network: nn.Module, latent: Tensor) -> Grid:
+    """Latents are [B, C, frames, H, W]; the frames stand below one another."""
+    frames, side, _ = network.patch_size
+    rows, columns = padded_grid(latent, side)
+    return -(-latent.shape[2] // frames) * rows, columns
+
+
+JOYIMAGE = Family(
+    name="joyimage",
+    label="JoyImage",
+    matches=lambda network: type(network) is JoyImageTransformer3DModel,
+    blocks=lambda network: [Block("double_block", i) for i in range(len(network.double_blocks))],
+    grid=_grid,
+    hidden=lambda network: network.img_in.out_channels,
+    patch=lambda network: network.patch_size[-1],
+    order=("target", "references", "text"),
+    pe_dim=1,  # and over the images only: its text is not rotated
+)

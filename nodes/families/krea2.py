@@ -1,0 +1,30 @@
+"""Krea 2: ComfyUI's `comfy.ldm.krea2.model.SingleStreamDiT`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from comfy.ldm.krea2.model import SingleStreamDiT
+from torch import Tensor, nn
+
+from .family import Block, Family, padded_grid
+
+
+def _references(network: nn.Module, given: Mapping) -> list[Tensor]:
+    """Without a reference method, in the conditioning or in the model, ComfyUI leaves them out."""
+    method = given.get("ref_latents_method", network.default_ref_method)
+    return [] if method is None else given.get("ref_latents") or []
+
+
+KREA2 = Family(
+    name="krea2",
+    label="Krea 2",
+    matches=lambda network: type(network) is SingleStreamDiT,
+    blocks=lambda network: [Block("single_block", i, block) for i, block in enumerate(network.blocks)],
+    grid=lambda network, latent: padded_grid(latent, network.patch),  # frames are rows of the batch
+    hidden=lambda network: network.first.out_features,
+    linear=23,  # 7 for the projections with 12 of 48 key heads and the gate, 16 for the gated MLP 8/3 d wide
+    patch=lambda network: network.patch,
+    references=_references,
+    arguments={"x": "img", "freqs": "pe", "mask": "attn_mask"},
+)

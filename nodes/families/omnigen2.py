@@ -1,0 +1,20 @@
+"""OmniGen2: ComfyUI's `comfy.ldm.omnigen.omnigen2.OmniGen2Transformer2DModel`; its target comes last."""
+
+from __future__ import annotations
+
+from comfy.ldm.omnigen.omnigen2 import OmniGen2Transformer2DModel
+
+from .family import Block, Family, padded_grid
+
+OMNIGEN2 = Family(
+    name="omnigen2",
+    label="OmniGen2",
+    matches=lambda network: type(network) is OmniGen2Transformer2DModel,
+    blocks=lambda network: [Block("single_block", i, layer) for i, layer in enumerate(network.layers)],
+    grid=lambda network, latent: padded_grid(latent, network.patch_size),
+    hidden=lambda network: network.hidden_size,
+    linear=30,  # 5.3 for the projections with 7 of 21 key heads, 24.4 for the gated MLP 4.06 d wide
+    order=("text", "references", "target"),
+    pe_dim=1,
+    arguments={"hidden_states": "img", "image_rotary_emb": "pe", "attention_mask": "attn_mask"},
+)
