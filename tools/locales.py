@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import importlib.util
 import json
@@ -46,6 +47,7 @@ def load() -> list:
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m tools.locales", description=__doc__).parse_args()
     ENGLISH.write_text(dump(definitions(load())), encoding="utf-8")
 
 
