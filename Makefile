@@ -4,10 +4,10 @@
 PYTHON ?= python3
 RUN = .venv/bin/python -m
 
-.PHONY: help setup demo test serve lint train evaluate calibrate
+.PHONY: help setup demo test test-old serve lint types package locales train evaluate calibrate
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
 
 setup:  ## only the set-up
 	@$(PYTHON) tools/setup.py
@@ -19,8 +19,18 @@ test: setup  ## all tests; ARGS="tests/core -k select" picks some
 	@$(PYTHON) tools/setup.py browser
 	@$(RUN) pytest $(ARGS)
 
+test-old: setup  ## the comfy tests on the oldest ComfyUI that the pack claims; ARGS picks some
+	@$(PYTHON) tools/setup.py oldest
+	@COMFYUI_DIR=.comfyui/0.16.3 $(RUN) pytest $(or $(ARGS),tests/comfy)
+
 serve: setup  ## ComfyUI's page with the pack in it; ARGS="--port 9000" goes to ComfyUI
 	@$(RUN) tools.serve $(ARGS)
+
+package: setup  ## the archive that ComfyUI's registry hands out, in dist/
+	@$(RUN) tools.package $(ARGS)
+
+locales: setup  ## write the English texts of the nodes anew, from their schemas
+	@$(RUN) tools.locales
 
 train: setup  ## train the demo model anew (hours)
 	@$(RUN) topi_demo.train $(ARGS)
@@ -35,3 +45,6 @@ lint:  ## check style and formatting; needs neither torch nor ComfyUI
 	@$(PYTHON) tools/setup.py lint
 	@$(RUN) ruff check .
 	@$(RUN) ruff format --check .
+
+types: setup  ## check the types of topi_core
+	@$(RUN) basedpyright

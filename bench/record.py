@@ -7,6 +7,7 @@ larger one takes longer, and its record the same.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import statistics
@@ -26,6 +27,7 @@ STEPS, REPEATS = 20, 50
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m bench.record", description=__doc__.splitlines()[0]).parse_args()
     use_comfyui()
     import nodes
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import torch
 from comfy_api.latest import io
@@ -16,6 +17,7 @@ class ToPiDemoScene(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         sentences = "; ".join(sentence for _, sentence in edits.GRAMMAR.values())
+        sentences = re.sub(r"{(\w+)}", lambda slot: slot[1].upper(), sentences)  # the page's translations eat braces
         return io.Schema(
             node_id="ToPiDemoScene",
             display_name="ToPi Demo Scene",

@@ -22,7 +22,13 @@ from pathlib import Path
 OLDEST_PYTHON = (3, 10)
 COMFYUI = "0.30.0"
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
-DISK_GB = {"all": 9.0, "lint": 0.2, "browser": 1.0}  # what each goal needs, with the downloads that pip keeps
+OLDEST_COMFYUI = "0.16.3"  # that the pack claims to run on
+DISK_GB = {
+    "all": 9.5,
+    "lint": 0.2,
+    "browser": 1.0,
+    "oldest": 0.1,
+}  # what each goal needs, with the downloads that pip keeps
 
 
 @dataclass(frozen=True)
@@ -161,6 +167,11 @@ def provide_comfyui(root: Path, version: str, environment: Environment) -> Path:
         if comfyui_version(folder) is None or not (folder / "requirements.txt").is_file():
             raise SetupError(f"COMFYUI_DIR is {folder}, and there is no ComfyUI in it")
         return folder
+    return provide_release(root, version, environment)
+
+
+def provide_release(root: Path, version: str, environment: Environment) -> Path:
+    """The folder of the release, fetched if it is not there."""
     folder = root / ".comfyui" / version
     if not folder.exists():
         environment.create()
@@ -197,11 +208,19 @@ def link_pack(root: Path) -> None:
 
 
 def set_up(root: Path, goal: str, version: str, disk_gb: float) -> None:
-    """Do what is missing for the goal: "all", "lint", which needs no ComfyUI and no torch, or "browser" beside it."""
+    """Do what is missing for the goal.
+
+    "all"; "lint", which needs no ComfyUI and no torch; or, beside "all", "browser" and "oldest": the oldest ComfyUI,
+    which runs with the requirements of the newer one.
+    """
     if goal == "browser":
         provide_chromium(disk_gb)
         return
     environment = Environment(root)
+    if goal == "oldest":
+        check_disk(root, disk_gb)
+        provide_release(root, OLDEST_COMFYUI, environment)
+        return
     stamp = environment.folder / f"setup-{goal}.stamp"  # empty while the installation is under way
     if not stamp.exists():
         check_disk(root, disk_gb)

@@ -73,6 +73,8 @@ def why_nothing(run: Run) -> str | None:
         return "the sampler made no step that ToPi could take part in (the log says why)"
     if run.context_tokens == 0:
         return "no reference reached the model: connect ReferenceLatent, or a node like it, to the conditioning"
+    if s is None:
+        raise ValueError("a run that saw references must know its settings, this one has none")
     if not run.anchors:
         if all(step.kind == "skipped" for step in run.steps):
             return "a cache skipped every step"
@@ -150,7 +152,7 @@ def _step_rows(f: Figures, word: str, shorter: bool) -> list[list[str]]:
     rows.append(["full step", _seconds(f.full_seconds) or "not timed: only the first, which pays for loading"])
     if f.pruned_seconds:
         rows.append([f"{word} step", _seconds(f.pruned_seconds)])
-    if f.measured and shorter:
+    if shorter and f.measured and f.full_seconds and f.pruned_seconds:
         step = f.full_seconds / f.pruned_seconds
         rows.append(["speed-up", f"{f.measured:.2f}x the whole run, {step:.2f}x a {word} step"])
     if shorter:

@@ -183,7 +183,7 @@ class Trace(Generic[R]):
         near = [
             ((run.marks - marks).abs().max().item(), -i, run)
             for i, run in enumerate(finished)
-            if run.shape == tuple(latent.shape)
+            if run.marks is not None and run.shape == tuple(latent.shape)
         ]
         if not near or min(near)[0] > 1e-3 * (1 + marks.abs().max().item()):
             raise ValueError(

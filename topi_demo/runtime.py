@@ -29,6 +29,7 @@ def use_comfyui() -> Path:
         sys.path.insert(0, str(folder))
     import comfy.cli_args
     import torch
+    import utils.extra_config  # noqa: F401 (first, as main.py does: older `nodes` put comfy/, with a `utils.py`, in front)
 
     if not torch.cuda.is_available():
         comfy.cli_args.args.cpu = True

@@ -104,8 +104,8 @@ class Server:
 
 
 @contextlib.contextmanager
-def running(log: Path, name: str = "comfyui-topi", timeout: float = 300) -> Iterator[Server]:
-    """ComfyUI as its own process on a free port, with this pack as its only custom node, in a folder `name`.
+def running(log: Path, name: str = "comfyui-topi", timeout: float = 300, pack: Path = PACK) -> Iterator[Server]:
+    """ComfyUI as its own process on a free port, with the pack as its only custom node, in a folder `name`.
 
     Its models and results go to a folder that is removed at the end; its words go to `log`.
     """
@@ -114,7 +114,7 @@ def running(log: Path, name: str = "comfyui-topi", timeout: float = 300) -> Iter
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory(prefix="topi-") as base:
         (Path(base) / "custom_nodes").mkdir()
-        (Path(base) / "custom_nodes" / name).symlink_to(PACK, target_is_directory=True)
+        (Path(base) / "custom_nodes" / name).symlink_to(pack, target_is_directory=True)
         command = [sys.executable, str(comfyui_dir().resolve() / "main.py"), "--base-directory", base]
         command += ["--port", str(port), "--database-url", f"sqlite:///{base}/comfyui.db"]
         command += ["--disable-auto-launch", "--disable-api-nodes"]

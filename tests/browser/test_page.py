@@ -8,7 +8,7 @@ TOKEN = 16  # pixels of the demo's images
 
 def counts(page) -> tuple[str, int, int]:
     """Step, kept and all tokens, as the preview says beside its picture."""
-    step, kept, tokens = re.search(r"step (\d+) · σ [\d.]+ · kept (\d+) of (\d+)", page.text(PREVIEW)).groups()
+    step, kept, tokens = re.search(r"step (\d+) · \u03c3 [\d.]+ · kept (\d+) of (\d+)", page.text(PREVIEW)).groups()
     return int(step), int(kept), int(tokens)
 
 
@@ -62,7 +62,7 @@ def test_the_report_is_on_its_node(page):
 
 def test_the_patch_node_shows_the_newest_anchor_live(page):
     assert [anchor["step"] for anchor in page.run("topiTest.anchors")][-2:] == [0, 2]
-    assert re.search(r"step 2 · σ [\d.]+ · kept [\d.]+% of 64", page.text(PATCH))
+    assert re.search(r"step 2 · \u03c3 [\d.]+ · kept [\d.]+% of 64", page.text(PATCH))
     assert page.run(f"topiTest.ready('{PATCH}')")
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import comfy.sample
+import comfyui_version
 import node_helpers
+import pytest
 import torch
 from small_models import POOLED_WIDTH, Family
 from torch import Tensor
 
 import nodes
+from topi_demo.runtime import VERSION
 
 
 def latent(family: Family, height: int = 16, width: int = 16, batch: int = 1, seed: int = 0) -> Tensor:
@@ -70,7 +73,12 @@ def sample(
 
 
 def run_node(name: str, /, **inputs) -> tuple:
-    """Execute a node of ComfyUI's registry, with the defaults of its own schema for what is not given."""
+    """Execute a node of ComfyUI's registry, with the defaults of its own schema for what is not given.
+
+    Skips the test where an older ComfyUI than the one we build for lacks the node.
+    """
+    if comfyui_version.__version__ != VERSION and name not in nodes.NODE_CLASS_MAPPINGS and not name.startswith("ToPi"):
+        pytest.skip(f"ComfyUI {comfyui_version.__version__} has no {name}")
     node = nodes.NODE_CLASS_MAPPINGS[name]
     schema = node.GET_SCHEMA()
     known = {i.id: i.default for i in schema.inputs if getattr(i, "default", None) is not None}

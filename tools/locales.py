@@ -1,0 +1,55 @@
+"""Writes `locales/en/nodeDefs.json` from the nodes' own schemas: `make locales`. The other languages are by hand."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+from topi_demo.runtime import use_comfyui
+
+ROOT = Path(__file__).resolve().parents[1]
+ENGLISH = ROOT / "locales" / "en" / "nodeDefs.json"
+
+
+def definitions(nodes: list) -> dict[str, dict]:
+    """What ComfyUI's page can translate of these node classes, in its form of `nodeDefs.json`."""
+    return {schema.node_id: definition(schema) for schema in (node.GET_SCHEMA() for node in nodes)}
+
+
+def definition(schema) -> dict:
+    made = {"display_name": schema.display_name, "description": schema.description, "inputs": {}, "outputs": {}}
+    for field in schema.inputs:
+        made["inputs"][field.id] = {"name": field.display_name or field.id, "tooltip": field.tooltip}
+    for i, field in enumerate(schema.outputs):
+        made["outputs"][str(i)] = {"name": field.display_name or field.io_type, "tooltip": field.tooltip}
+    return {key: value for key, value in made.items() if value}
+
+
+def dump(made: dict) -> str:
+    return json.dumps(made, indent=2, ensure_ascii=False) + "\n"
+
+
+def load() -> list:
+    """The pack's node classes, outside of a server."""
+    use_comfyui()
+    spec = importlib.util.spec_from_file_location("topi_pack", ROOT / "__init__.py")
+    sys.modules[spec.name] = pack = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pack)
+
+    async def nodes() -> list:
+        return await (await pack.comfy_entrypoint()).get_node_list()
+
+    return asyncio.run(nodes())
+
+
+def main() -> None:
+    argparse.ArgumentParser(prog="python -m tools.locales", description=__doc__).parse_args()
+    ENGLISH.write_text(dump(definitions(load())), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
