@@ -1,8 +1,10 @@
 # Every target makes what it needs first: .venv/ and the real ComfyUI in .comfyui/ (about 6 GB, once).
 # COMFYUI_DIR=/path/to/ComfyUI uses that one instead; PYTHON=python3.12 picks the Python that .venv/ is made from.
+# JOBS are the tests that run side by side, each with one thread and about 3 GB of memory.
 
 PYTHON ?= python3
 RUN = .venv/bin/python -m
+JOBS ?= 2
 
 .PHONY: help setup demo test test-old serve lint types package locales train evaluate calibrate
 
@@ -17,11 +19,11 @@ demo: setup  ## edit images in a real ComfyUI, with and without ToPi, side by si
 
 test: setup  ## all tests; ARGS="tests/core -k select" picks some
 	@$(PYTHON) tools/setup.py browser
-	@$(RUN) pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(RUN) pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-old: setup  ## the comfy tests on the oldest ComfyUI that the pack claims; ARGS picks some
 	@$(PYTHON) tools/setup.py oldest
-	@COMFYUI_DIR=.comfyui/0.16.3 $(RUN) pytest $(or $(ARGS),tests/comfy)
+	@COMFYUI_DIR=.comfyui/0.16.3 OMP_NUM_THREADS=1 $(RUN) pytest -n $(JOBS) --dist loadfile $(or $(ARGS),tests/comfy)
 
 serve: setup  ## ComfyUI's page with the pack in it; ARGS="--port 9000" goes to ComfyUI
 	@$(RUN) tools.serve $(ARGS)
