@@ -24,7 +24,7 @@ from pathlib import Path
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 TEXTS = ("text", "prompt", "instruction", "value")
 SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced")
-LISTEN, SAVE = "ToPiCalibrate", "ToPiSaveProfile"
+PATCH, LISTEN, SAVE = "ToPiPatch", "ToPiCalibrate", "ToPiSaveProfile"
 
 
 class Problem(Exception):
@@ -106,7 +106,7 @@ def text_input(workflow: dict, node: str) -> str:
 def prepare(workflow: dict, name: str, top_m: int) -> dict:
     """The part of a workflow that leads to the sampler, with both nodes of ToPi in it, which are added where needed.
 
-    A ToPi Patch before them does nothing, as the last of ToPi's nodes on a model counts.
+    A ToPi Patch is left out, as everything runs in full.
     """
     workflow = json.loads(json.dumps(workflow))
     saves = [id_ for id_, node in workflow.items() if node["class_type"] == SAVE]
@@ -122,7 +122,10 @@ def prepare(workflow: dict, name: str, top_m: int) -> dict:
         model_of = workflow[guided[0] if guided else sampler]["inputs"]
         if not isinstance(model_of.get("model"), list):
             raise Problem(f"the sampler {sampler} gets its model in a way that is not known here: put in {LISTEN}")
-        workflow["topi-listen"] = {"class_type": LISTEN, "inputs": {"model": model_of["model"], "top_m": top_m}}
+        model = model_of["model"]
+        while workflow[model[0]]["class_type"] == PATCH:
+            model = workflow[model[0]]["inputs"]["model"]
+        workflow["topi-listen"] = {"class_type": LISTEN, "inputs": {"model": model, "top_m": top_m}}
         model_of["model"] = ["topi-listen", 0]
         saves = ["topi-save"]
         workflow["topi-save"] = {
@@ -190,10 +193,10 @@ class Server:
 
     def profiles(self) -> list[str]:
         """The names that ToPi Patch knows; Problem where the server has no ToPi."""
-        known = self.ask("/object_info/ToPiPatch")
+        known = self.ask(f"/object_info/{PATCH}")
         if not known:
             raise Problem(f"the ComfyUI at {self.address} has no ToPi: install the pack there first")
-        spec = known["ToPiPatch"]["input"]["required"]["profile"]
+        spec = known[PATCH]["input"]["required"]["profile"]
         return spec[1]["options"] if spec[0] == "COMBO" else spec[0]
 
 
