@@ -123,7 +123,7 @@ def prepare(workflow: dict, name: str, top_m: int) -> dict:
         if not isinstance(model_of.get("model"), list):
             raise Problem(f"the sampler {sampler} gets its model in a way that is not known here: put in {LISTEN}")
         model = model_of["model"]
-        while workflow[model[0]]["class_type"] == PATCH:
+        while workflow.get(model[0], {}).get("class_type") == PATCH:
             model = workflow[model[0]]["inputs"]["model"]
         workflow["topi-listen"] = {"class_type": LISTEN, "inputs": {"model": model, "top_m": top_m}}
         model_of["model"] = ["topi-listen", 0]
@@ -139,7 +139,8 @@ def prepare(workflow: dict, name: str, top_m: int) -> dict:
         id_ = left.pop()
         if id_ not in needed:
             needed[id_] = workflow[id_]
-            left += [value[0] for value in workflow[id_]["inputs"].values() if isinstance(value, list)]
+            values = [value for value in workflow[id_]["inputs"].values() if isinstance(value, list) and value]
+            left += [value[0] for value in values if isinstance(value[0], str) and value[0] in workflow]
     return needed
 
 

@@ -81,6 +81,10 @@ def row(of: str, calibration: Calibration) -> dict:
     }
 
 
+def shipped() -> Profile:
+    return profiles.read(profiles.shipped()[NAME], NAME)
+
+
 def chart(profile: Profile) -> Image.Image:
     calibration = profile.calibration
     return draw_chart(calibration.mean().tolist(), calibration.deviation().tolist(), profile.layers, headline(profile))

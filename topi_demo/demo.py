@@ -18,6 +18,7 @@ from torch import Tensor
 
 from topi_core.metrics import psnr, ssim
 
+from . import calibrate as calibration
 from .record import setting
 from .server import Server, ServerError, running
 from .workflow import ALWAYS, BYPASSED, MUTED, to_prompt
@@ -218,12 +219,16 @@ def main() -> int:
     picture(outcomes).save(args.out / "demo.png")
     strip(outcomes[0]).save(args.out / "overlay.png")
     _image(outcomes[0].plot).save(args.out / "plot.png")
+    calibration.chart(calibration.shipped()).save(args.out / "calibration.png")
     text = table(outcomes)
     where = setting()
     with (args.out / "demo.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row(o) | {"tau": args.tau} | where) + "\n" for o in outcomes)
     (args.out / "demo.txt").write_text(text + "\n", encoding="utf-8")
-    print(f"\n{text}\n\nThe picture is {args.out / 'demo.png'}; overlay.png and plot.png show the run of its first row")
+    print(
+        f"\n{text}\n\nThe picture is {args.out / 'demo.png'}; overlay.png and plot.png show the run of its first row, "
+        "calibration.png in which layers the model looks at its references"
+    )
     return 0
 
 

@@ -1,13 +1,8 @@
 """The shipped profile of the demo model: made from its weights, and found again on a few pairs."""
 
-from topi_core import profiles
 from topi_core.calibration import Calibration
-from topi_demo.calibrate import NAME, chart, listen, row
+from topi_demo.calibrate import chart, listen, row, shipped
 from topi_demo.record import setting
-
-
-def shipped():
-    return profiles.read(profiles.shipped()[NAME], NAME)
 
 
 def test_it_was_made_from_the_weights_that_are_here():
