@@ -1,1 +1,1 @@
-"""ToPi's method in torch alone (arXiv 2602.01609). Nothing in here knows ComfyUI."""
+"""ToPi's method in torch alone (arXiv 2602.01609), its profiles in safetensors. Nothing in here knows ComfyUI."""

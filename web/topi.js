@@ -1,5 +1,5 @@
 // What ToPi's nodes show on the page: the frames of ToPi Mask Preview with a slider, the live mask on ToPi Patch,
-// and the texts of ToPi Report and ToPi Compare. DOM widgets, so that both of ComfyUI's renderers show them.
+// and the texts of ToPi Report, Compare and Save Profile. DOM widgets, so that both of ComfyUI's renderers show them.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
@@ -171,6 +171,7 @@ function liveViewer(node) {
 const VIEWERS = {
   ToPiMaskPreview: maskViewer,
   ToPiReport: (node) => textViewer(node, 130),
+  ToPiSaveProfile: (node) => textViewer(node, 130),
   ToPiCompare: (node) => textViewer(node, 50),
 };
 
