@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
-from topi_demo.runtime import use_comfyui
+from topi_demo.runtime import load_pack
 
 ROOT = Path(__file__).resolve().parents[1]
 ENGLISH = ROOT / "locales" / "en" / "nodeDefs.json"
@@ -33,22 +30,10 @@ def dump(made: dict) -> str:
     return json.dumps(made, indent=2, ensure_ascii=False) + "\n"
 
 
-def load() -> list:
-    """The pack's node classes, outside of a server."""
-    use_comfyui()
-    spec = importlib.util.spec_from_file_location("topi_pack", ROOT / "__init__.py")
-    sys.modules[spec.name] = pack = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(pack)
-
-    async def nodes() -> list:
-        return await (await pack.comfy_entrypoint()).get_node_list()
-
-    return asyncio.run(nodes())
-
-
 def main() -> None:
     argparse.ArgumentParser(prog="python -m tools.locales", description=__doc__).parse_args()
-    ENGLISH.write_text(dump(definitions(load())), encoding="utf-8")
+    ours = [node for name, node in load_pack()[0].items() if name.startswith("ToPi")]
+    ENGLISH.write_text(dump(definitions(ours)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -48,8 +48,8 @@ class ContextCache:
         some = next(iter(self.entries.values()))[0]
         self.kept = kept.to(some.device)
         if kept.shape[1] < some.shape[-2]:
-            for place, pair in self.entries.items():
-                self.entries[place] = tuple(_take(x, self.kept) for x in pair)
+            for place, (k, v) in self.entries.items():
+                self.entries[place] = _take(k, self.kept), _take(v, self.kept)
 
     def get(self, place: Place, device: torch.device) -> tuple[Tensor, Tensor]:
         """Keys and values of one attention, on the device; the next attention's are sent for."""
@@ -113,7 +113,8 @@ class _Transfer:
     def __init__(self, pair: tuple[Tensor, Tensor], stream: torch.cuda.Stream):
         self.stream = stream
         with torch.cuda.stream(stream):
-            self.pair = tuple(x.to(stream.device, non_blocking=True) for x in pair)
+            k, v = (x.to(stream.device, non_blocking=True) for x in pair)
+            self.pair = k, v
             self.done = stream.record_event()
 
     def arrived(self) -> tuple[Tensor, Tensor]:

@@ -26,13 +26,13 @@ def read(page: Path) -> str:
 
 
 def commands() -> list[tuple[str, str]]:
-    """(page, command) of every line in a code block without a language, and of every `make` and `python -m` inline."""
+    """(page, command) of every line in a code block without a language, and of every `make` and `python` inline."""
     found = []
     for page in PAGES:
         for language, block in re.findall(r"^```(\w*)\n(.*?)^```", read(page), re.MULTILINE | re.DOTALL):
             if language in ("", "bash", "sh"):
                 found += [(page.name, line.split("  #")[0].strip()) for line in block.splitlines()]
-        found += [(page.name, command) for command in re.findall(r"`((?:make|python -m) [^`]+)`", read(page))]
+        found += [(page.name, command) for command in re.findall(r"`((?:make|python) [^`]+)`", read(page))]
     return sorted({(page, command) for page, command in found if command and not command.startswith(NOT_OURS)})
 
 
@@ -67,6 +67,8 @@ def test_every_command_is_one_that_ci_runs_or_knows_its_options(page, command):
         module = module[0]
     elif words[:2] == ["python", "-m"]:
         module = words[2]
+    elif words[0] == "python" and words[1].endswith(".py"):
+        module, options = words[1].removesuffix(".py").replace("/", "."), words[2:]
     assert module, f"{page}: neither a test nor CI runs `{command}`"
     if module == "pytest":
         assert all((ROOT / option).exists() for option in options if option.startswith("tests/"))
