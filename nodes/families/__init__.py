@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from . import boogu, flux, joyimage, krea2, mage_flow, omnigen2, qwen_image
-from .family import Family
+from .family import Family, class_of
 
 FAMILIES: tuple[Family, ...] = (
     flux.FLUX1,
@@ -24,6 +24,7 @@ def family_of(network: nn.Module) -> Family:
     for family in FAMILIES:
         if family.matches(network):
             return family
-    found = f"{type(network).__module__}.{type(network).__qualname__}"
     supported = ", ".join(f"{family.label}" for family in FAMILIES)
-    raise ValueError(f"ToPi cannot prune a model of the class {found}; supported are ComfyUI's own {supported}")
+    raise ValueError(
+        f"ToPi cannot prune a model of the class {class_of(network)}; supported are ComfyUI's own {supported}"
+    )

@@ -5,7 +5,6 @@ Its double blocks attend twice: over everything, which is what ToPi listens to, 
 
 from __future__ import annotations
 
-from comfy.ldm.boogu.model import BooguTransformer2DModel
 from torch import nn
 
 from .family import Block, Family, padded_grid
@@ -19,7 +18,7 @@ def _blocks(network: nn.Module) -> list[Block]:
 BOOGU = Family(
     name="boogu",
     label="Boogu",
-    matches=lambda network: type(network) is BooguTransformer2DModel,
+    network="comfy.ldm.boogu.model.BooguTransformer2DModel",
     blocks=_blocks,
     grid=lambda network, latent: padded_grid(latent, network.patch_size),
     hidden=lambda network: network.hidden_size,

@@ -31,10 +31,13 @@ class Family:
 
     name: str
     label: str
-    matches: Callable[[nn.Module], bool]
+    network: str
+    """The full name of ComfyUI's class. It is never imported: an older ComfyUI may lack the model."""
     blocks: Callable[[nn.Module], Sequence[Block]]
     grid: Callable[[nn.Module, Tensor], Grid]
     hidden: Callable[[nn.Module], int]
+    variant: Callable[[nn.Module], bool] = lambda network: True
+    """Which networks of the class, where several families share it."""
     linear: int = 24
     """Linear operations of a layer, in units of tokens x hidden^2 (`topi_core.cost.layer_flops`)."""
     patch: Callable[[nn.Module], int] = lambda network: network.patch_size
@@ -47,6 +50,15 @@ class Family:
     """The reference latents that a call puts into the sequence, by its arguments."""
     arguments: Mapping[str, str] | None = None
     """For networks without block replacements: parameters of a block's forward -> their names in a `Change`."""
+
+    def matches(self, network: nn.Module) -> bool:
+        """Not for classes made from it, whose forward may be another."""
+        return class_of(network) == self.network and self.variant(network)
+
+
+def class_of(network: nn.Module) -> str:
+    """The full name of a network's class."""
+    return f"{type(network).__module__}.{type(network).__qualname__}"
 
 
 def padded_grid(latent: Tensor, patch: int) -> Grid:

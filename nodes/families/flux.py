@@ -7,7 +7,6 @@ to that, so they would need as many channels, which no VAE of it gives; without 
 
 from __future__ import annotations
 
-from comfy.ldm.flux.model import Flux
 from torch import Tensor, nn
 
 from ...topi_core.layout import Grid
@@ -26,7 +25,8 @@ def _grid(network: nn.Module, latent: Tensor) -> Grid:
 FLUX1 = Family(
     name="flux1",
     label="FLUX.1",
-    matches=lambda network: type(network) is Flux and not network.params.global_modulation,
+    network="comfy.ldm.flux.model.Flux",
+    variant=lambda network: not network.params.global_modulation,
     blocks=_blocks,
     grid=_grid,
     hidden=lambda network: network.hidden_size,
@@ -34,7 +34,8 @@ FLUX1 = Family(
 FLUX2 = Family(
     name="flux2",
     label="FLUX.2",
-    matches=lambda network: type(network) is Flux and network.params.global_modulation,
+    network="comfy.ldm.flux.model.Flux",
+    variant=lambda network: network.params.global_modulation,
     blocks=_blocks,
     grid=_grid,
     hidden=lambda network: network.hidden_size,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from comfy.ldm.joyimage.model import JoyImageTransformer3DModel
 from torch import Tensor, nn
 
 from ...topi_core.layout import Grid
@@ -19,7 +18,7 @@ def _grid(network: nn.Module, latent: Tensor) -> Grid:
 JOYIMAGE = Family(
     name="joyimage",
     label="JoyImage",
-    matches=lambda network: type(network) is JoyImageTransformer3DModel,
+    network="comfy.ldm.joyimage.model.JoyImageTransformer3DModel",
     blocks=lambda network: [Block("double_block", i) for i in range(len(network.double_blocks))],
     grid=_grid,
     hidden=lambda network: network.img_in.out_channels,

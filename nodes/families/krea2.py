@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from comfy.ldm.krea2.model import SingleStreamDiT
 from torch import Tensor, nn
 
 from .family import Block, Family, padded_grid
@@ -12,14 +11,14 @@ from .family import Block, Family, padded_grid
 
 def _references(network: nn.Module, given: Mapping) -> list[Tensor]:
     """Without a reference method, in the conditioning or in the model, ComfyUI leaves them out."""
-    method = given.get("ref_latents_method", network.default_ref_method)
+    method = given.get("ref_latents_method", getattr(network, "default_ref_method", None))
     return [] if method is None else given.get("ref_latents") or []
 
 
 KREA2 = Family(
     name="krea2",
     label="Krea 2",
-    matches=lambda network: type(network) is SingleStreamDiT,
+    network="comfy.ldm.krea2.model.SingleStreamDiT",
     blocks=lambda network: [Block("single_block", i, block) for i, block in enumerate(network.blocks)],
     grid=lambda network, latent: padded_grid(latent, network.patch),  # frames are rows of the batch
     hidden=lambda network: network.first.out_features,

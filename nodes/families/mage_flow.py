@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from comfy.ldm.mage_flow.model import MageFlowTransformer2DModel
-
 from .family import Block, Family, padded_grid
 
 MAGE_FLOW = Family(
     name="mage_flow",
     label="Mage-Flow",
-    matches=lambda network: type(network) is MageFlowTransformer2DModel,
+    network="comfy.ldm.mage_flow.model.MageFlowTransformer2DModel",
     blocks=lambda network: [Block("double_block", i) for i in range(len(network.transformer_blocks))],
     grid=lambda network, latent: padded_grid(latent, network.patch_size),
     hidden=lambda network: network.inner_dim,

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from comfy.ldm.omnigen.omnigen2 import OmniGen2Transformer2DModel
-
 from .family import Block, Family, padded_grid
 
 OMNIGEN2 = Family(
     name="omnigen2",
     label="OmniGen2",
-    matches=lambda network: type(network) is OmniGen2Transformer2DModel,
+    network="comfy.ldm.omnigen.omnigen2.OmniGen2Transformer2DModel",
     blocks=lambda network: [Block("single_block", i, layer) for i, layer in enumerate(network.layers)],
     grid=lambda network, latent: padded_grid(latent, network.patch_size),
     hidden=lambda network: network.hidden_size,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 from torch import Tensor, nn
 
 from ...topi_core.layout import Grid
@@ -18,7 +17,7 @@ def _grid(network: nn.Module, latent: Tensor) -> Grid:
 QWEN_IMAGE = Family(
     name="qwen_image",
     label="Qwen-Image",
-    matches=lambda network: type(network) is QwenImageTransformer2DModel,
+    network="comfy.ldm.qwen_image.model.QwenImageTransformer2DModel",
     blocks=lambda network: [Block("double_block", i) for i in range(len(network.transformer_blocks))],
     grid=_grid,
     hidden=lambda network: network.inner_dim,

@@ -7,7 +7,7 @@ import comfy.ops
 import pytest
 import torch
 from sampling import conditioning, empty, last_run, latent, layer_inputs, patch, sample
-from small_models import FAMILIES, NETWORKS, shared
+from small_models import FAMILIES, NETWORKS, network_class, shared
 from torch import nn
 
 by_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
@@ -32,8 +32,7 @@ def ours(comfyui, family):
 def test_linear_operations_are_those_of_the_published_widths(comfyui, family):
     """Twice the weights of a layer that an image token passes, by hidden^2, on average over the layers."""
     with torch.device("meta"):
-        cls = NETWORKS[family.name][0]
-        network = cls(operations=comfy.ops.disable_weight_init, **PUBLISHED.get(family.name, {}))
+        network = network_class(family)(operations=comfy.ops.disable_weight_init, **PUBLISHED.get(family.name, {}))
     known = ours(comfyui, family)
     stacks = [value for name, value in network.named_children() if isinstance(value, nn.ModuleList)]
     layers = [layer for stack in stacks for layer in stack if "refiner" not in names(network, stack)]
