@@ -1,4 +1,4 @@
-"""Edits images in a real ComfyUI server, with and without ToPi: `make demo`.
+"""Edits images in a real ComfyUI server, without ToPi and with it in both modes: `make demo`.
 
 Queues `workflows/topi_quickstart_demo.json` over the server's API and puts all results into one picture and a table.
 """
@@ -10,13 +10,14 @@ import copy
 import json
 import statistics
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from topi_core.metrics import psnr, ssim
+from topi_core.trace import SHORTER
 
 from . import calibrate as calibration
 from .record import setting
@@ -34,26 +35,45 @@ EDITS = (  # one of each group of the grammar that changes something
 
 
 @dataclass(frozen=True)
+class Way:
+    """How ToPi Patch is set: tau, update_interval, mode."""
+
+    tau: float
+    update_interval: int
+    mode: str
+
+
+WAYS = {"prune": Way(0.85, 10, "prune"), "reuse": Way(1.0, 5, "reuse")}
+
+
+@dataclass(frozen=True)
+class Edited:
+    """One edit with ToPi; images [H, W, 3] in 0..1, times in seconds."""
+
+    image: Tensor
+    kept: list[list[Tensor]]  # by anchor, the references with their kept tokens
+    plot: Tensor  # of ToPi Report
+    shares: list[float]  # by anchor
+    step: float  # a shortened one
+    run: float  # all steps but the first, which pays for loading
+    predicted: float  # the whole run's speed-up by the count of operations
+
+
+@dataclass(frozen=True)
 class Outcome:
-    """One edit, with the full context and with ToPi; images [H, W, 3] in 0..1."""
+    """One edit, with the full context and with ToPi by its ways."""
 
     instruction: str
     sources: list[Tensor]
     full: Tensor
-    pruned: Tensor
     expected: Tensor
-    kept: list[list[Tensor]]  # by anchor, the references with their kept tokens
-    plot: Tensor  # of ToPi Report
-    shares: list[float]  # by anchor
     full_step: float
-    pruned_step: float
-    full_run: float  # all steps but the first, which pays for loading
-    pruned_run: float
-    predicted: float  # the whole run's speed-up by the count of operations
+    full_run: float
+    topi: dict[str, Edited]
 
 
-def variant(workflow: dict, seed: int, instruction: str, topi: bool, tau: float) -> dict:
-    """The quickstart with this instruction; its modes set as one would on the page."""
+def variant(workflow: dict, seed: int, instruction: str, way: Way | None) -> dict:
+    """The quickstart with this instruction; its modes set as one would on the page. Without a way, without ToPi."""
     workflow = copy.deepcopy(workflow)
     second = next(group for group in workflow["groups"] if group["title"].startswith("Second reference"))
     for node in workflow["nodes"]:
@@ -64,13 +84,11 @@ def variant(workflow: dict, seed: int, instruction: str, topi: bool, tau: float)
         elif node["type"] in ("ToPiDemoScene", "KSampler"):
             node["widgets_values"][0] = seed
         elif node["type"] == "ToPiPatch":
-            node["widgets_values"][0] = tau
-            node["mode"] = ALWAYS if topi else BYPASSED
+            node["mode"] = ALWAYS if way else BYPASSED
+            if way:
+                node["widgets_values"][:3] = way.tau, way.update_interval, way.mode
         elif (
-            node["type"].startswith("ToPi")
-            and node["inputs"]
-            and node["inputs"][0]["type"] == "TOPI_TRACE"
-            and not topi
+            node["type"].startswith("ToPi") and node["inputs"] and node["inputs"][0]["type"] == "TOPI_TRACE" and not way
         ):
             node["mode"] = MUTED
     return workflow
@@ -81,7 +99,7 @@ def _inside(node: dict, group: dict) -> bool:
     return x <= node["pos"][0] < x + width and y <= node["pos"][1] < y + height
 
 
-def edit(server: Server, nodes: dict, workflow: dict, seed: int, instruction: str, tau: float) -> Outcome:
+def edit(server: Server, nodes: dict, workflow: dict, seed: int, instruction: str) -> Outcome:
     def outputs(result, type_: str, title: str | None = None) -> list[dict]:
         found = (n for n in workflow["nodes"] if n["type"] == type_ and title in (None, n.get("title")))
         return [result.outputs[str(n["id"])] for n in found if str(n["id"]) in result.outputs]
@@ -89,63 +107,72 @@ def edit(server: Server, nodes: dict, workflow: dict, seed: int, instruction: st
     def images(result, *which) -> list[list[Tensor]]:
         return [[server.image(file) for file in output["images"]] for output in outputs(result, *which)]
 
-    full = server.run(to_prompt(variant(workflow, seed, instruction, False, tau), nodes))
-    pruned = server.run(to_prompt(variant(workflow, seed, instruction, True, tau), nodes))
-    run = outputs(pruned, "ToPiReport")[0]["run"][0]
-    # the time of a step, taken alike for both runs: from the end of the one before, as the server tells it
-    kinds = [step["kind"] for step in run["steps"]][1:]
-    pruned_steps = [s for s, kind in zip(pruned.step_seconds, kinds, strict=True) if kind == "pruned"]
+    def edited(result) -> Edited:
+        run = outputs(result, "ToPiReport")[0]["run"][0]
+        # the time of a step, taken alike for all runs: from the end of the one before, as the server tells it
+        kinds = [step["kind"] for step in run["steps"]][1:]
+        shorter = [s for s, kind in zip(result.step_seconds, kinds, strict=True) if kind in SHORTER]
+        return Edited(
+            image=images(result, "SaveImage")[0][0],
+            kept=[list(references) for references in zip(*images(result, "ToPiMaskPreview"), strict=True)],
+            plot=images(result, "ToPiReport")[0][0],
+            shares=[anchor["share"] for anchor in run["anchors"]],
+            step=statistics.median(shorter),
+            run=sum(result.step_seconds),
+            predicted=run["figures"]["predicted"],
+        )
+
+    results = {
+        name: server.run(to_prompt(variant(workflow, seed, instruction, way), nodes))
+        for name, way in ({"full": None} | WAYS).items()
+    }
+    full = results.pop("full")
+    some = next(iter(results.values()))
     return Outcome(
         instruction=instruction,
-        sources=images(pruned, "PreviewImage", "Reference")[0],
+        sources=images(some, "PreviewImage", "Reference")[0],
         full=images(full, "SaveImage")[0][0],
-        pruned=images(pruned, "SaveImage")[0][0],
-        expected=images(pruned, "PreviewImage", "Expected")[0][0],
-        kept=[list(references) for references in zip(*images(pruned, "ToPiMaskPreview"), strict=True)],
-        plot=images(pruned, "ToPiReport")[0][0],
-        shares=[anchor["share"] for anchor in run["anchors"]],
+        expected=images(some, "PreviewImage", "Expected")[0][0],
         full_step=statistics.median(full.step_seconds),
-        pruned_step=statistics.median(pruned_steps),
         full_run=sum(full.step_seconds),
-        pruned_run=sum(pruned.step_seconds),
-        predicted=run["figures"]["predicted"],
+        topi={name: edited(result) for name, result in results.items()},
     )
 
 
 def table(outcomes: list[Outcome]) -> str:
-    head = ("instruction", "kept", "full step", "pruned step", "speed-up", "whole run", "cost model",
-            "PSNR to full", "SSIM to full", "PSNR to expected: full", "ToPi")  # fmt: skip
+    """Markdown: a line for each edit and each way."""
+    head = ("edit", "mode", "kept, by anchor", "a full step", "a shorter step", "whole run", "cost model",
+            "to the full edit", "full edit to expected", "ToPi to expected")  # fmt: skip
     rows = [head]
     for o in outcomes:
-        near = [_pair(psnr, *pair) for pair in ((o.pruned, o.full), (o.full, o.expected), (o.pruned, o.expected))]
-        rows.append((
-            o.instruction, ", ".join(f"{share:.0%}" for share in o.shares),
-            f"{1000 * o.full_step:.0f} ms", f"{1000 * o.pruned_step:.0f} ms", f"{o.full_step / o.pruned_step:.2f}x",
-            f"{o.full_run / o.pruned_run:.2f}x", f"{o.predicted:.2f}x",
-            f"{near[0]:.1f} dB", f"{_pair(ssim, o.pruned, o.full):.3f}",
-            f"{near[1]:.1f} dB", f"{near[2]:.1f} dB",
-        ))  # fmt: skip
+        for name, e in o.topi.items():
+            near = [_pair(psnr, *pair) for pair in ((e.image, o.full), (o.full, o.expected), (e.image, o.expected))]
+            rows.append((
+                o.instruction, name, ", ".join(f"{share:.0%}" for share in e.shares),
+                f"{1000 * o.full_step:.0f} ms", f"{1000 * e.step:.0f} ms",
+                f"{o.full_run / e.run:.2f}x", f"{e.predicted:.2f}x",
+                f"{near[0]:.1f} dB, SSIM {_pair(ssim, e.image, o.full):.3f}", f"{near[1]:.1f} dB", f"{near[2]:.1f} dB",
+            ))  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join([lines[0], "-|-".join("-" * width for width in widths), *lines[1:]])
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
-def row(o: Outcome) -> dict:
-    """One edit's numbers as plain values; seconds, dB."""
-    return {
-        "instruction": o.instruction,
-        "shares": o.shares,
-        "seconds": {
-            "full step": o.full_step,
-            "pruned step": o.pruned_step,
-            "full run": o.full_run,
-            "pruned run": o.pruned_run,
-        },
-        "speedup": {"run": o.full_run / o.pruned_run, "predicted": o.predicted},
-        "psnr_to_full": _pair(psnr, o.pruned, o.full),
-        "ssim_to_full": _pair(ssim, o.pruned, o.full),
-        "psnr_to_expected": {"full": _pair(psnr, o.full, o.expected), "topi": _pair(psnr, o.pruned, o.expected)},
-    }
+def rows(o: Outcome) -> list[dict]:
+    """One edit's numbers as plain values, a row each way; seconds, dB."""
+    return [
+        {
+            "instruction": o.instruction,
+            **asdict(WAYS[name]),
+            "shares": e.shares,
+            "seconds": {"full step": o.full_step, "shorter step": e.step, "full run": o.full_run, "run": e.run},
+            "speedup": {"run": o.full_run / e.run, "predicted": e.predicted},
+            "psnr_to_full": _pair(psnr, e.image, o.full),
+            "ssim_to_full": _pair(ssim, e.image, o.full),
+            "psnr_to_expected": {"full": _pair(psnr, o.full, o.expected), "topi": _pair(psnr, e.image, o.expected)},
+        }
+        for name, e in o.topi.items()
+    ]
 
 
 def _pair(metric, a: Tensor, b: Tensor) -> float:
@@ -153,9 +180,13 @@ def _pair(metric, a: Tensor, b: Tensor) -> float:
 
 
 def picture(outcomes: list[Outcome], side: int = 216, gap: int = 12) -> Image.Image:
-    """One row an edit: references, full edit, ToPi's edit, what was asked for, and the kept tokens by anchor."""
-    rows = [[o.sources, [o.full], [o.pruned], [o.expected], *o.kept] for o in outcomes]
-    titles = ["reference", "full context", "ToPi", "expected", "kept tokens, by anchor"]
+    """One row an edit: references, full edit, ToPi's edits, what was asked for, and the tokens that pruning kept."""
+    edits = [[[e.image] for e in o.topi.values()] for o in outcomes]
+    rows = [
+        [o.sources, [o.full], *topi, [o.expected], *o.topi["prune"].kept]
+        for o, topi in zip(outcomes, edits, strict=True)
+    ]
+    titles = ["reference", "full context", *(f"ToPi, {name}" for name in WAYS), "expected", "kept by prune, by anchor"]
     font, small = ImageFont.load_default(17), ImageFont.load_default(14)
     head, foot = 40, 34
     columns = max(map(len, rows))
@@ -167,11 +198,11 @@ def picture(outcomes: list[Outcome], side: int = 216, gap: int = 12) -> Image.Im
         for i, images in enumerate(row):
             canvas.paste(_tile(images, side), (gap + i * (side + gap), head + j * (side + foot)))
     for j, o in enumerate(outcomes):
-        words = (
-            f"{o.instruction}   ·   kept {', '.join(f'{share:.0%}' for share in o.shares)}   ·   a step "
-            f"{1000 * o.full_step:.0f} ms in full, {1000 * o.pruned_step:.0f} ms pruned   ·   "
-            f"{_pair(psnr, o.pruned, o.full):.1f} dB to the full edit"
+        each = (
+            f"{name}: {_pair(psnr, e.image, o.full):.1f} dB to the full edit, {1000 * e.step:.0f} ms"
+            for name, e in o.topi.items()
         )
+        words = "   ·   ".join([o.instruction, f"a full step {1000 * o.full_step:.0f} ms", *each])
         pen.text((gap, head + j * (side + foot) + side + 6), words, (90, 90, 90), small)
     return canvas
 
@@ -185,9 +216,9 @@ def _tile(images: list[Tensor], side: int) -> Image.Image:
     return tile
 
 
-def strip(outcome: Outcome, side: int = 384, gap: int = 12) -> Image.Image:
+def strip(edited: Edited, side: int = 384, gap: int = 12) -> Image.Image:
     """What ToPi Mask Preview shows: a frame an anchor, one row a reference."""
-    rows = list(zip(*outcome.kept, strict=True))
+    rows = list(zip(*edited.kept, strict=True))
     canvas = Image.new("RGB", (len(rows[0]) * (side + gap) - gap, len(rows) * (side + gap) - gap), (250, 250, 248))
     for j, row in enumerate(rows):
         for i, frame in enumerate(row):
@@ -202,7 +233,6 @@ def _image(pixels: Tensor) -> Image.Image:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m topi_demo.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("demo_output"), help="folder of the picture and the log")
-    parser.add_argument("--tau", type=float, default=0.85, help="share of influence that ToPi keeps")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     workflow, outcomes = json.loads(WORKFLOW.read_text(encoding="utf-8")), []
@@ -212,18 +242,18 @@ def main() -> int:
             nodes = server.object_info()
             for seed, instruction in EDITS:
                 print(f"Editing: {instruction}", flush=True)
-                outcomes.append(edit(server, nodes, workflow, seed, instruction, args.tau))
+                outcomes.append(edit(server, nodes, workflow, seed, instruction))
     except (ServerError, FileNotFoundError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
     picture(outcomes).save(args.out / "demo.png")
-    strip(outcomes[0]).save(args.out / "overlay.png")
-    _image(outcomes[0].plot).save(args.out / "plot.png")
+    strip(outcomes[0].topi["prune"]).save(args.out / "overlay.png")
+    _image(outcomes[0].topi["prune"].plot).save(args.out / "plot.png")
     calibration.chart(calibration.shipped()).save(args.out / "calibration.png")
     text = table(outcomes)
     where = setting()
     with (args.out / "demo.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row(o) | {"tau": args.tau} | where) + "\n" for o in outcomes)
+        file.writelines(json.dumps(row | where) + "\n" for o in outcomes for row in rows(o))
     (args.out / "demo.txt").write_text(text + "\n", encoding="utf-8")
     print(
         f"\n{text}\n\nThe picture is {args.out / 'demo.png'}; overlay.png and plot.png show the run of its first row, "

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tools.package import comfy, pack
-from topi_demo.demo import variant
+from topi_demo.demo import WAYS, variant
 from topi_demo.server import running
 from topi_demo.workflow import to_prompt
 
@@ -89,7 +89,7 @@ def test_it_edits_in_a_clean_comfyui(server, installed, comfyui):
     assert ours <= set(texts["zh"]["nodeDefs"]) and "topi_live" in texts["zh"]["settings"]
 
     workflow = json.loads(installed.joinpath("workflows", "topi_quickstart_demo.json").read_text(encoding="utf-8"))
-    prompt = to_prompt(variant(workflow, 1, "make it night", True, 0.85), nodes)
+    prompt = to_prompt(variant(workflow, 1, "make it night", WAYS["prune"]), nodes)
     for node in prompt.values():
         if node["class_type"] == "KSampler":
             node["inputs"]["steps"] = 2

@@ -11,7 +11,7 @@ from PIL import Image
 from tools import calibrate
 from topi_core import profiles
 from topi_demo import edits
-from topi_demo.demo import WORKFLOW, variant
+from topi_demo.demo import WAYS, WORKFLOW, variant
 from topi_demo.runtime import PACK
 from topi_demo.server import running
 from topi_demo.workflow import to_prompt
@@ -136,7 +136,7 @@ def test_a_profile_that_is_gone_is_begun_anew(server, pairs, workflow, tmp_path)
 def test_a_workflow_of_the_page_is_cut_to_what_leads_to_the_sampler(server):
     """The quickstart, as the page would queue it: no preview, no decoding, no pruning."""
     page = json.loads(WORKFLOW.read_text("utf-8"))
-    prompt = to_prompt(variant(page, 1, "make it night", True, 0.85), server.object_info())
+    prompt = to_prompt(variant(page, 1, "make it night", WAYS["prune"]), server.object_info())
     classes = {n["class_type"] for n in calibrate.prepare(prompt, "x", 3).values()}
     assert {"ToPiCalibrate", "ToPiSaveProfile", "KSampler", "ReferenceLatent"} <= classes
     assert not {"SaveImage", "VAEDecode", "ToPiPatch", "ToPiReport", "ToPiMaskPreview", "PreviewImage"} & classes

@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 from PIL import Image
 
-from topi_demo.demo import WORKFLOW, variant
+from topi_demo.demo import WORKFLOW, Way, variant
 from topi_demo.server import running
 from topi_demo.workflow import to_prompt
 
@@ -25,7 +25,8 @@ def server(tmp_path_factory):
 def prompt(server):
     """Two references, two anchors in four steps."""
     instruction = "put the star of the second image into the first"
-    nodes = to_prompt(variant(json.loads(WORKFLOW.read_text("utf-8")), 1, instruction, True, 0.6), server.object_info())
+    workflow = variant(json.loads(WORKFLOW.read_text("utf-8")), 1, instruction, Way(0.6, 10, "prune"))
+    nodes = to_prompt(workflow, server.object_info())
     for node in nodes.values():
         if node["class_type"] == "KSampler":
             node["inputs"]["steps"] = 4

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from topi_demo.demo import WORKFLOW, variant
+from topi_demo.demo import WORKFLOW, Way, variant
 from topi_demo.server import ServerError, running
 from topi_demo.workflow import to_prompt
 
@@ -33,7 +33,8 @@ def queue(server, object_info):
     """Queue the quickstart -> the edited image [H, W, 3] and the outputs by node type."""
 
     def queue(instruction, seed=1, topi=True, tau=0.85, steps=3):
-        workflow = variant(json.loads(WORKFLOW.read_text(encoding="utf-8")), seed, instruction, topi, tau)
+        way = Way(tau, 10, "prune") if topi else None
+        workflow = variant(json.loads(WORKFLOW.read_text(encoding="utf-8")), seed, instruction, way)
         prompt = to_prompt(workflow, object_info)
         for node in prompt.values():
             if node["class_type"] == "KSampler":
