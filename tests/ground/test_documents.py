@@ -92,26 +92,42 @@ def test_method_names_what_is_there():
         assert hasattr(importlib.import_module(f"topi_core.{module}"), name), f"{module}.{name}"
 
 
-def sentences() -> list[str]:
-    """Every text in the code of the pack; what a format fills in is a … ."""
-    found = []
-    for file in [file for folder in ("nodes", "topi_core", "topi_demo") for file in (ROOT / folder).rglob("*.py")]:
-        for node in ast.walk(ast.parse(read(file))):
-            if isinstance(node, ast.JoinedStr):
-                found.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(re.sub(r"%\w", "…", node.value))
-    return found
+def text_of(node: ast.AST) -> str | None:
+    """A text in the code; what is filled into it is a … ."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return re.sub(r"%[.\d]*\w", "…", node.value)
+    return None
+
+
+def nodes_of(*folders: str) -> list[ast.AST]:
+    files = [file for folder in folders for file in sorted((ROOT / folder).rglob("*.py"))]
+    return [node for file in files for node in ast.walk(ast.parse(read(file)))]
+
+
+def quotes() -> dict[str, re.Pattern]:
+    """The headings of the troubleshooting page that quote the code."""
+    found = re.findall(r"^### (.+)$", read(ROOT / "docs" / "troubleshooting.md"), re.MULTILINE)
+    return {quote: re.compile(".+".join(map(re.escape, quote.split("…"))).removesuffix(".+")) for quote in found}
 
 
 def test_troubleshooting_quotes_what_the_code_says():
-    known = sentences()
-    page = read(ROOT / "docs" / "troubleshooting.md")
-    quoted = re.findall(r"^### (.+)$", page, re.MULTILINE)
-    assert len(quoted) > 15
-    for quote in quoted:
-        pattern = re.compile(".+".join(map(re.escape, quote.split("…"))).removesuffix(".+"))
-        assert any(pattern.match(sentence) for sentence in known), quote
+    known = list(filter(None, map(text_of, nodes_of("nodes", "topi_core", "topi_demo"))))
+    assert len(quotes()) > 15
+    for quote, pattern in quotes().items():
+        assert any(pattern.match(text) for text in known), quote
+
+
+def test_troubleshooting_has_every_sentence_that_a_node_raises_or_warns_with():
+    """What `topi_core` raises of a programmer's mistakes is not for this page."""
+    for node in nodes_of("nodes"):
+        call = node.exc if isinstance(node, ast.Raise) else node
+        name = getattr(call.func, "attr", "raise") if isinstance(call, ast.Call) else None
+        if name in ("warning", "_warn_once") or isinstance(node, ast.Raise):
+            text = text_of(call.args[0]) if isinstance(call, ast.Call) and call.args else None
+            if text and text != "ToPi: …":  # one that was made elsewhere
+                assert any(pattern.match(text) for pattern in quotes().values()), text
 
 
 def test_the_workflows_of_github_are_well_formed():
