@@ -37,8 +37,11 @@ def options() -> list[str]:
     return next(i.options for i in schema.inputs if i.id == "profile")
 
 
-def make(family, layers=(1, 2), hidden=256, depth=None, date="2026-01-01"):
-    depth = depth or family.depth
+WIDTHS = {"krea2": 512}  # and 256
+
+
+def make(family, layers=(1, 2), hidden=None, depth=None, date="2026-01-01"):
+    depth, hidden = depth or family.depth, hidden or WIDTHS.get(family.name, 256)
     return Profile(
         name="", family=family.name, depth=depth, hidden=hidden, layers=layers, front_layers=1, source="a test",
         date=date, calibration=Calibration.of(depth),
@@ -217,7 +220,7 @@ def test_auto_takes_the_profile_of_what_the_model_is(folders, family):
     """Among profiles of every family, of other depths and of other widths, whatever the files are called."""
     for i, other in enumerate(FAMILIES):
         profiles.write(make(other, (0, 2)), folders[0] / f"{FAMILIES[i - 1].name}.safetensors")
-        profiles.write(make(other, (0, 3), hidden=512, date="2027"), folders[0] / f"{other.name} wide.safetensors")
+        profiles.write(make(other, (0, 3), hidden=1024, date="2027"), folders[0] / f"{other.name} wide.safetensors")
         profiles.write(make(other, (0, 3), depth=57, date="2027"), folders[0] / f"{other.name} deep.safetensors")
     patched, trace = patch(shared(family))
     run(None, patched, family=family)
