@@ -16,6 +16,21 @@ from .setup import CHROMIUM
 
 ROOT = Path(__file__).resolve().parents[1]
 NODES = ("ToPiPatch", "ToPiMaskPreview", "ToPiReport", "ToPiCompare", "ToPiDemoModel", "ToPiDemoScene")
+QUICKSTART, CALIBRATE = "topi_quickstart_demo", "topi_calibrate"
+WORKFLOWS = ROOT / "workflows"
+THUMBNAIL = (640, 400)
+LARGE = {"width": 1600, "height": 1000}
+SHOW_GROUPS = """
+([width, height]) => {
+  const boxes = app.rootGraph.groups.map(({ pos, size }) => [...pos, pos[0] + size[0], pos[1] + size[1]]);
+  const [left, top] = [0, 1].map((i) => Math.min(...boxes.map((box) => box[i])) - 20);
+  const [right, bottom] = [2, 3].map((i) => Math.max(...boxes.map((box) => box[i])) + 20);
+  const scale = Math.min(width / (right - left), height / (bottom - top));
+  app.canvas.ds.scale = scale;
+  app.canvas.ds.offset = [(width / scale - right - left) / 2, (height / scale - bottom - top) / 2];
+  app.canvas.setDirty(true, true);
+}
+"""
 ADD_COMPARE = """
 const compare = LiteGraph.createNode("ToPiCompare");
 compare.pos = [2560, 60];
@@ -43,7 +58,24 @@ def main() -> None:
                 node.screenshot(path=ROOT / "web" / "docs" / f"{name}.jpg", quality=85, type="jpeg")
             frame = context.request.get(page.run("topiTest.images('ToPiMaskPreview')[0].src")).body()
             frame = Image.open(BytesIO(frame)).convert("RGB").resize((400, 400), Image.NEAREST)
-            frame.save(ROOT / "workflows" / "topi_quickstart_demo.jpg", quality=85)
+            frame.save(WORKFLOWS / f"{QUICKSTART}.jpg", quality=85)
+            thumbnails(Page(context.new_page(), server.address))
+
+
+def thumbnails(page: Page) -> None:
+    """The other workflows' graphs: their models are not here to run them, but for the one that has the demo model."""
+    page.page.set_viewport_size(LARGE)
+    page.open(vue=False, settings={"LiteGraph.Canvas.MinFontSizeForLOD": 0, "Comfy.Graph.CanvasInfo": False})
+    for name in sorted(path.stem for path in WORKFLOWS.glob("*.json") if path.stem != QUICKSTART):
+        page.load_template(PACK, name)
+        if name == CALIBRATE:
+            page.queue(view=None)
+        page.run("app.extensionManager.command.execute('Workspace.ToggleFocusMode')")
+        page.run(SHOW_GROUPS, [LARGE["width"], LARGE["height"]])
+        page.page.wait_for_timeout(3000)
+        picture = Image.open(BytesIO(page.page.screenshot())).convert("RGB")
+        picture.resize(THUMBNAIL, Image.LANCZOS).save(WORKFLOWS / f"{name}.jpg", quality=85)
+        page.run("app.extensionManager.command.execute('Workspace.ToggleFocusMode')")
 
 
 if __name__ == "__main__":
