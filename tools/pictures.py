@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from io import BytesIO
@@ -9,7 +10,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from topi_demo.server import running
+from topi_demo.runtime import comfyui_dir
+from topi_demo.server import Server, running
 
 from .page import PACK, Page, browser
 from .setup import CHROMIUM
@@ -44,6 +46,7 @@ scene.connect(1, compare, 1);
 def main() -> None:
     chromium = next(filter(None, map(shutil.which, CHROMIUM)))
     with tempfile.TemporaryDirectory() as folder, running(Path(folder, "log.txt"), PACK) as server:
+        pretend_to_have_models(server)
         with browser(chromium, Path(folder, "profile"), height=1000) as context:
             page = Page(context.pages[0], server.address)
             page.open(vue=True)
@@ -60,6 +63,19 @@ def main() -> None:
             frame = Image.open(BytesIO(frame)).convert("RGB").resize((400, 400), Image.NEAREST)
             frame.save(WORKFLOWS / f"{QUICKSTART}.jpg", quality=85)
             thumbnails(Page(context.new_page(), server.address))
+
+
+def pretend_to_have_models(server: Server) -> None:
+    """Empty files, or the page would mark the loaders as lacking theirs."""
+    arguments = json.loads(server.get("/system_stats"))["system"]["argv"]
+    base = Path(arguments[arguments.index("--base-directory") + 1])
+    for path in WORKFLOWS.glob("*.json"):
+        for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]:
+            for model in node["properties"].get("models", ()):
+                file = base / "models" / model["directory"] / model["name"]
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.touch()
+    shutil.copy(comfyui_dir() / "input" / "example.png", base / "input")
 
 
 def thumbnails(page: Page) -> None:
