@@ -72,9 +72,9 @@ class Page:
     def wait(self, condition: str) -> None:
         self.page.wait_for_function(condition)
 
-    def open(self, vue: bool) -> None:
+    def open(self, vue: bool, settings: dict | None = None) -> None:
         """In one of the two renderers."""
-        settings = SETTINGS | {"Comfy.VueNodes.Enabled": vue}
+        settings = SETTINGS | (settings or {}) | {"Comfy.VueNodes.Enabled": vue}
         assert self.page.request.post(f"{self.address}/settings", data=settings).ok
         self.page.goto(self.address, wait_until="commit")
         self._started()
@@ -93,12 +93,15 @@ class Page:
         self.wait("window.app?.rootGraph?.nodes && app.extensionManager?.workflow?.activeWorkflow")
         self.run(HELPERS)
 
-    def load_template(self, pack: str, name: str) -> None:
-        """From the template browser, where each pack has an entry of its own."""
+    def browse_templates(self, pack: str) -> None:
+        """In the template browser each pack has an entry of its own."""
         self.page.get_by_role("button", name="Templates").first.click()
         self.page.get_by_role("dialog").get_by_role("button", name=pack).click()
+
+    def load_template(self, pack: str, name: str) -> None:
+        self.browse_templates(pack)
         self.page.get_by_test_id(f"template-workflow-{name}").click()
-        self.wait("topiTest.node('ToPiMaskPreview')")
+        self.wait(f"app.extensionManager.workflow.activeWorkflow?.filename === '{name}' && app.rootGraph.nodes.length")
 
     def new_tab(self) -> None:
         """An empty workflow beside the others."""
@@ -115,12 +118,13 @@ class Page:
             [type_, widget, value],
         )
 
-    def queue(self) -> None:
-        """Presses Run and waits for the end."""
+    def queue(self, view: str | None = "ToPiMaskPreview") -> None:
+        """Presses Run and waits for the end, and for the pictures on a node of ours."""
         before = self.run("topiTest.done")
         self.page.get_by_test_id("queue-button").click()
         self.wait(f"topiTest.done > {before}")
-        self.wait("topiTest.ready('ToPiMaskPreview')")
+        if view:
+            self.wait(f"topiTest.ready('{view}')")
 
     def look_at(self, type_: str) -> None:
         """Scrolls the graph to a node."""

@@ -6,6 +6,7 @@ With names of nodes (`python -m tools.pictures ToPiCalibrate`), only those.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import tempfile
 from io import BytesIO
@@ -13,7 +14,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from topi_demo.server import running
+from topi_demo.runtime import comfyui_dir
+from topi_demo.server import Server, running
 
 from .page import PACK, Page, browser
 from .setup import CHROMIUM
@@ -29,6 +31,21 @@ NODES = (
     "ToPiDemoModel",
     "ToPiDemoScene",
 )
+QUICKSTART, CALIBRATE = "topi_quickstart_demo", "topi_calibrate"
+WORKFLOWS = ROOT / "workflows"
+THUMBNAIL = (640, 400)
+LARGE = {"width": 1600, "height": 1000}
+SHOW_GROUPS = """
+([width, height]) => {
+  const boxes = app.rootGraph.groups.map(({ pos, size }) => [...pos, pos[0] + size[0], pos[1] + size[1]]);
+  const [left, top] = [0, 1].map((i) => Math.min(...boxes.map((box) => box[i])) - 20);
+  const [right, bottom] = [2, 3].map((i) => Math.max(...boxes.map((box) => box[i])) + 20);
+  const scale = Math.min(width / (right - left), height / (bottom - top));
+  app.canvas.ds.scale = scale;
+  app.canvas.ds.offset = [(width / scale - right - left) / 2, (height / scale - bottom - top) / 2];
+  app.canvas.setDirty(true, true);
+}
+"""
 ADD_COMPARE = """
 const compare = LiteGraph.createNode("ToPiCompare");
 compare.pos = [2560, 60];
@@ -60,6 +77,7 @@ def main() -> None:
     names = parser.parse_args().nodes
     chromium = next(filter(None, map(shutil.which, CHROMIUM)))
     with tempfile.TemporaryDirectory() as folder, running(Path(folder, "log.txt"), PACK) as server:
+        pretend_to_have_models(server)
         with browser(chromium, Path(folder, "profile"), height=1000) as context:
             page = Page(context.pages[0], server.address)
             page.open(vue=True)
@@ -76,7 +94,37 @@ def main() -> None:
                 return
             frame = context.request.get(page.run("topiTest.images('ToPiMaskPreview')[0].src")).body()
             frame = Image.open(BytesIO(frame)).convert("RGB").resize((400, 400), Image.NEAREST)
-            frame.save(ROOT / "workflows" / "topi_quickstart_demo.jpg", quality=85)
+            frame.save(WORKFLOWS / f"{QUICKSTART}.jpg", quality=85)
+            thumbnails(Page(context.new_page(), server.address))
+
+
+def pretend_to_have_models(server: Server) -> None:
+    """Empty files, or the page would mark the loaders as lacking theirs."""
+    arguments = json.loads(server.get("/system_stats"))["system"]["argv"]
+    base = Path(arguments[arguments.index("--base-directory") + 1])
+    for path in WORKFLOWS.glob("*.json"):
+        for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]:
+            for model in node["properties"].get("models", ()):
+                file = base / "models" / model["directory"] / model["name"]
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.touch()
+    shutil.copy(comfyui_dir() / "input" / "example.png", base / "input")
+
+
+def thumbnails(page: Page) -> None:
+    """The other workflows' graphs: their models are not here to run them, but for the one that has the demo model."""
+    page.page.set_viewport_size(LARGE)
+    page.open(vue=False, settings={"LiteGraph.Canvas.MinFontSizeForLOD": 0, "Comfy.Graph.CanvasInfo": False})
+    for name in sorted(path.stem for path in WORKFLOWS.glob("*.json") if path.stem != QUICKSTART):
+        page.load_template(PACK, name)
+        if name == CALIBRATE:
+            page.queue(view=None)
+        page.run("app.extensionManager.command.execute('Workspace.ToggleFocusMode')")
+        page.run(SHOW_GROUPS, [LARGE["width"], LARGE["height"]])
+        page.page.wait_for_timeout(3000)
+        picture = Image.open(BytesIO(page.page.screenshot())).convert("RGB")
+        picture.resize(THUMBNAIL, Image.LANCZOS).save(WORKFLOWS / f"{name}.jpg", quality=85)
+        page.run("app.extensionManager.command.execute('Workspace.ToggleFocusMode')")
 
 
 if __name__ == "__main__":

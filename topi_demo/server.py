@@ -104,8 +104,14 @@ class Server:
 
 
 @contextlib.contextmanager
-def running(log: Path, name: str = "comfyui-topi", timeout: float = 300, pack: Path = PACK) -> Iterator[Server]:
-    """ComfyUI as its own process on a free port, with the pack as its only custom node, in a folder `name`.
+def running(
+    log: Path,
+    name: str = "comfyui-topi",
+    timeout: float = 300,
+    pack: Path = PACK,
+    others: tuple[Path, ...] = (),
+) -> Iterator[Server]:
+    """ComfyUI as its own process on a free port, with the pack in a folder `name`, and other packs where given.
 
     Its models and results go to a folder that is removed at the end; its words go to `log`.
     """
@@ -114,7 +120,8 @@ def running(log: Path, name: str = "comfyui-topi", timeout: float = 300, pack: P
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory(prefix="topi-") as base:
         (Path(base) / "custom_nodes").mkdir()
-        (Path(base) / "custom_nodes" / name).symlink_to(pack, target_is_directory=True)
+        for link, folder in {name: pack, **{other.name: other for other in others}}.items():
+            (Path(base) / "custom_nodes" / link).symlink_to(folder, target_is_directory=True)
         command = [sys.executable, str(comfyui_dir().resolve() / "main.py"), "--base-directory", base]
         command += ["--port", str(port), "--database-url", f"sqlite:///{base}/comfyui.db"]
         command += ["--disable-auto-launch", "--disable-api-nodes"]

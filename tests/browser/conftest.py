@@ -23,9 +23,13 @@ def chromium() -> str:
     return found
 
 
+STAND_INS = Path(__file__).parent / "standins"
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory) -> Iterator[Server]:
-    with running(tmp_path_factory.mktemp("server") / "log.txt", PACK) as server:
+    """With small models in the place of the real ones, for the workflows that load those."""
+    with running(tmp_path_factory.mktemp("server") / "log.txt", PACK, others=(STAND_INS,)) as server:
         yield server
 
 
