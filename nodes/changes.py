@@ -1,0 +1,241 @@
+"""What the blocks of a network get in one call: fewer tokens, a listener, or keys and values of an anchor.
+
+Where ComfyUI lets a block be replaced, this is by block replacements, and those that were there before are called by
+ours. Networks without them are reached by torch's hooks on their blocks, removed when the call ends.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from itertools import count
+
+import torch
+from torch import Tensor, nn
+
+from ..topi_core.layout import Layout
+from ..topi_core.reuse import Place, extend, extend_mask
+from ..topi_core.select import realign
+from .families.family import Block, Family
+from .run import Call, State
+
+POSITIONS, MASKS = ("pe", "image_pe"), ("attn_mask",)  # arguments of a block that run over its tokens, beside "img"
+
+Change = Callable[[dict], dict]
+"""Takes a block's arguments and returns those it shall get; never changes the dict it was given.
+
+Whatever the family, these are called img, txt, pe, attn_mask and transformer_options, as in ComfyUI's replacements;
+image_pe are positions of the image tokens alone, where a block has both.
+"""
+
+
+def changes(
+    family: Family, network: nn.Module, state: State, call: Call, front_layers: int
+) -> dict[Block, list[Change]]:
+    """What to do, one thing after the other, with the arguments of which blocks in this call."""
+    blocks = family.blocks(network)
+    wanted = defaultdict(list, {blocks[0]: [_marker(call)]})
+    for layer, block in enumerate(blocks):
+        if layer in call.layers:
+            wanted[block].append(_scorer(state, call, layer, block))
+        if call.kind == "anchor" and call.caches:
+            wanted[block].append(_attentions(call, layer, _keep))
+        if call.kept is not None and (layer >= front_layers or call.kind == "reused"):
+            wanted[block].append(_pruner(call, block, family.pe_dim))
+        if call.kind == "reused":
+            wanted[block].append(_attentions(call, layer, _reuse))
+    return wanted
+
+
+def with_replacements(options: dict, changes: Mapping[Block, list[Change]]) -> dict:
+    """A copy of transformer_options in which these blocks get changed arguments."""
+    replace = options.get("patches_replace", {})
+    dit = dict(replace.get("dit", {}))
+    for block, own in changes.items():
+        dit[block.name] = _replacement(own, dit.get(block.name))
+    return options | {"patches_replace": {**replace, "dit": dit}}
+
+
+def _replacement(changes: Iterable[Change], previous: Callable | None) -> Callable:
+    def replacement(args: dict, extra: dict) -> dict:
+        for change in changes:
+            args = change(args)
+        return extra["original_block"](args) if previous is None else previous(args, extra)
+
+    return replacement
+
+
+def hook(changes: Mapping[Block, list[Change]], arguments: Mapping[str, str], hooks: ExitStack) -> None:
+    """Changes what these blocks get until `hooks` is closed; arguments: a block's own names -> the common ones."""
+    for block, own in changes.items():
+        handle = block.module.register_forward_pre_hook(partial(_before, own, arguments), with_kwargs=True)
+        hooks.enter_context(handle)
+
+
+def _before(changes: Iterable[Change], arguments: Mapping[str, str], module: nn.Module, args, kwargs) -> tuple:
+    """torch's forward pre-hook."""
+    bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    common = {arguments.get(name, name): value for name, value in bound.arguments.items()}
+    for change in changes:
+        common = change(common)
+    for name in bound.arguments:
+        bound.arguments[name] = common[arguments.get(name, name)]
+    return bound.args, bound.kwargs
+
+
+def _marker(call: Call) -> Change:
+    """Notes that the network really runs: a cache may answer in its place."""
+
+    def mark(args: dict) -> dict:
+        call.computed = True
+        return args
+
+    return mark
+
+
+def _pruner(call: Call, block: Block, pe_dim: int) -> Change:
+    """Shortens what a block gets: hidden rows once, positions and mask at every block (Eq. 12)."""
+    layout = _own_layout(block, call.layout)
+    dropped = layout.context_tokens - call.kept.shape[1]
+
+    def prune(args: dict) -> dict:
+        changed = dict(args)
+        if args["img"].shape[1] != layout.tokens - dropped:
+            if args["img"].shape[1] != layout.tokens:
+                raise RuntimeError(_unexpected(layout, args["img"].shape[1]))
+            changed["img"] = realign(args["img"], layout.context, call.kept)
+        for names, dims in ((POSITIONS, (pe_dim,)), (MASKS, (-2, -1))):
+            changed |= {name: _realigned(call, args[name], dims) for name in names if args.get(name) is not None}
+        call.computed = True
+        return changed
+
+    return prune
+
+
+def _unexpected(layout: Layout, tokens: int) -> str:
+    return (
+        f"ToPi expected {layout.tokens} tokens ({layout}) and found {tokens}; "
+        "another patch changes the sequence: remove it or ToPi Patch"
+    )
+
+
+def _own_layout(block: Block, layout: Layout) -> Layout:
+    """That of a block's hidden states."""
+    return layout if block.kind == "single_block" else layout.without_text
+
+
+def _realigned(call: Call, x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """x without the dropped tokens along those dims that run over all tokens, or all of the images; once a call."""
+    key = (id(x), dims)
+    if key not in call.positions:
+        short = x
+        for dim in dims:
+            layout = _layout_of(x.shape[dim], call.layout)
+            if layout is not None:
+                keys = call.kind == "reused" and dim == -1  # of a mask: the reused ones come last
+                short = (_keys_last if keys else _short)(short, layout.context, call, dim % x.ndim)
+        call.positions[key] = (x, short)  # x is kept alive, or its id could be another tensor's
+    return call.positions[key][1]
+
+
+def _short(x: Tensor, context: slice, call: Call, dim: int) -> Tensor:
+    return realign(x, context, call.kept, dim)
+
+
+def _keys_last(mask: Tensor, context: slice, call: Call, dim: int) -> Tensor:
+    """A mask's columns as the attention of a reused call has its keys: its own tokens, then the reused ones."""
+    kept = torch.cat([cache.kept for cache in call.caches]).to(mask.device)
+    columns = realign(mask, context, kept, dim).narrow(dim, context.start, kept.shape[1])
+    own = realign(mask, context, call.kept, dim)
+    return torch.cat((own.expand(*columns.shape[:-1], -1), columns), dim)
+
+
+def _layout_of(tokens: int, layout: Layout) -> Layout | None:
+    """The whole sequence's or that of the images alone, by their number of tokens; None for anything else."""
+    return next((some for some in (layout, layout.without_text) if some.tokens == tokens), None)
+
+
+def _attentions(call: Call, layer: int, attend: Callable) -> Change:
+    """Puts `attend(call, place, attention, q, k, v, heads, ...)` around each of a block's attentions."""
+
+    def change(args: dict) -> dict:
+        number = count()  # most blocks have one attention
+        return _attended(lambda *rest, **kwargs: attend(call, (layer, next(number)), *rest, **kwargs), args)
+
+    return change
+
+
+def _keep(call: Call, place: Place, attention: Callable, q: Tensor, k: Tensor, v: Tensor, *rest, **kwargs) -> Tensor:
+    """Lets an attention run, and keeps the keys and values of its context for each cond of the call."""
+    layout = _layout_of(k.shape[-2], call.layout)
+    if layout is None:
+        raise RuntimeError(_unexpected(call.layout, k.shape[-2]))
+    keys, values = (x[..., layout.context, :].chunk(len(call.caches)) for x in (k, v))
+    for cache, own_k, own_v in zip(call.caches, keys, values, strict=True):
+        cache.put(place, own_k, own_v)
+    return attention(q, k, v, *rest, **kwargs)
+
+
+def _reuse(call: Call, place: Place, attention: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, *rest, **kwargs):
+    """Lets an attention see the kept keys and values beside its own."""
+    pairs = [cache.get(place, k.device) for cache in call.caches]
+    keys, values = zip(*pairs, strict=True)
+    own, kept = k.shape[-2], keys[0].shape[-2]
+    if rest and rest[0] is not None:
+        rest = (extend_mask(rest[0], own, kept), *rest[1:])
+    elif kwargs.get("mask") is not None:
+        kwargs["mask"] = extend_mask(kwargs["mask"], own, kept)
+    return attention(q, extend(k, keys), extend(v, values), heads, *rest, **kwargs)
+
+
+def _scorer(state: State, call: Call, layer: int, block: Block) -> Change:
+    """Listens to one block's attention over the whole sequence, or looks at its input, or both."""
+
+    def listen(attention: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, *rest, **kwargs):
+        if layer not in call.heard:
+            heads_first = [x if kwargs.get("skip_reshape") else _split_heads(x, heads) for x in (q, k, v)]
+            if all(x.shape[2] == call.layout.tokens for x in heads_first):
+                mask = rest[0] if rest else kwargs.get("mask")
+                state.score(call, layer, *(_all_heads(x, heads) for x in heads_first), _four_dims(mask))
+        return attention(q, k, v, heads, *rest, **kwargs)
+
+    def change(args: dict) -> dict:
+        call.computed = True
+        if call.features:
+            state.score_features(call, layer, args["img"], _own_layout(block, call.layout))
+        return _attended(listen, args) if call.search or not call.features else args
+
+    return change
+
+
+def _attended(attend: Callable, args: dict) -> dict:
+    """A block's arguments with `attend(attention, q, k, v, heads, ...)` around each of its attentions.
+
+    `attention` takes the rest and is what would have run: another pack's override, or ComfyUI's own.
+    """
+    options = args["transformer_options"]
+    previous = options.get("optimized_attention_override")
+
+    def override(function, *rest, **kwargs):
+        return attend(function if previous is None else partial(previous, function), *rest, **kwargs)
+
+    return args | {"transformer_options": options | {"optimized_attention_override": override}}
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _all_heads(x: Tensor, heads: int) -> Tensor:
+    """Keys or values [B, fewer heads, N, D] that several heads of the queries share, as one each of these."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def _four_dims(mask: Tensor | None) -> Tensor | None:
+    """A mask as ComfyUI's attention reads it: [N, N] and [B, N, N] are for all heads."""
+    if mask is None or mask.ndim == 4:
+        return mask
+    return mask[None, None] if mask.ndim == 2 else mask[:, None]
