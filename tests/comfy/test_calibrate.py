@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrappersMP
+from oracle import Oracle
 from sampling import conditioning, empty, kept_sets, kinds, last_run, latent, patch, run_node, sample
 from small_models import FAMILIES, FLUX1, FLUX2, QWEN, load, shared
 from test_compose import with_lora
@@ -26,38 +26,30 @@ def last(calibrating):
     return calibrating.trace.runs[-1].calibration()
 
 
-class Listener:
+class Listener(Oracle):
     """Eq. 4 by brute force: every attention of a run once more, in full and in float64, through another hook."""
 
     def __init__(self, family):
-        self.family = family
+        super().__init__(family, drop=False)
+        self.layers = set()
         self.shares = []  # one [rows, layers] a call, as lists by layer
 
-    def attach(self, model):
-        model = model.clone()
-        model.model_options["transformer_options"]["optimized_attention_override"] = self.attend
-        model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "listener", self.call)
-        return model
-
     def call(self, executor, *args, **kwargs):
-        references = args[4] if self.family.name == "qwen_image" else args[5]
-        self.context = sum(self.tokens(reference) for reference in references or [])
-        self.target = self.tokens(args[0])
         self.shares.append([])
-        return executor(*args, **kwargs)
+        return super().call(executor, *args, **kwargs)
 
-    def tokens(self, image):
-        height, width = image.shape[-2:]
-        return -(-height // self.family.patch) * -(-width // self.family.patch)
+    def attend(self, func, q, k, v, heads, mask=None, **kwargs):
+        out = super().attend(func, q, k, v, heads, mask, **kwargs)
+        if not kwargs.get("skip_reshape", False):
+            q, k = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k))
+        if self.rows is not None and k.shape[2] == self.joint:
+            k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+            attention = (q.double() @ k.double().mT / q.shape[-1] ** 0.5).softmax(-1)
+            paid = attention[:, :, self.place("t", self.joint)][..., self.place("c", self.joint)]
+            self.shares[-1].append(paid.sum((1, 2, 3)) / (q.shape[1] * self.target))
+        return out
 
-    def attend(self, func, q, k, v, heads, *rest, **kwargs):
-        attention = (q.double() @ k.double().mT / q.shape[-1] ** 0.5).softmax(-1)
-        n = self.context
-        paid = attention[:, :, -n - self.target : -n, -n:].sum((1, 2, 3)) / (q.shape[1] * self.target)
-        self.shares[-1].append(paid)
-        return func(q, k, v, heads, *rest, **kwargs)
-
-    def rows(self):
+    def by_call(self):
         return [torch.stack(call, 1) for call in self.shares]
 
 
@@ -72,7 +64,7 @@ def test_sensitivity_is_that_of_brute_force_and_the_image_stays_as_it_is(family)
     assert torch.equal(sample(model, positive, latent=start), plain)
     found = last(calibrating)
     assert found.steps.tolist() == [4, 4] and found.depth == family.depth
-    expected = torch.stack(listener.rows()).mean(0)
+    expected = torch.stack(listener.by_call()).mean(0)
     order = sorted(range(2), key=lambda image: calibrating.trace.runs[-1].pairs[image])
     torch.testing.assert_close(found.sensitivity, expected[order].double(), rtol=1e-4, atol=1e-6)
 
@@ -97,7 +89,7 @@ def test_guidance_counts_every_row_that_has_references(family):
     model, calibrating = calibrate(listener.attach(shared(family)))
     sample(model, positive, negative, latent=start, cfg=2.0, steps=1)
     assert len(last(calibrating)) == 1
-    mean = torch.cat(listener.rows()).mean(0)
+    mean = torch.cat(listener.by_call()).mean(0)
     torch.testing.assert_close(last(calibrating).sensitivity[0], mean, rtol=1e-4, atol=1e-6)
 
     sample(model, positive, latent=start, steps=1)
