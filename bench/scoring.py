@@ -6,6 +6,7 @@ turn. Scoring is timed inside of each run, by ToPi's own stopwatch.
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 from importlib import import_module
@@ -21,6 +22,7 @@ STEPS, REPEATS = 20, 11
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m bench.scoring", description=__doc__.splitlines()[0]).parse_args()
     known, pack = load_pack()
     import nodes
 

@@ -6,6 +6,7 @@ in it is ever executed, and what does not fit is refused with the name of the fi
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import tempfile
@@ -194,4 +195,5 @@ def write_published() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m topi_core.profiles", description=write_published.__doc__).parse_args()
     write_published()
