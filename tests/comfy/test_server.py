@@ -13,7 +13,7 @@ from topi_demo.workflow import to_prompt
 PATCH_DEFAULTS = {
     "tau": 0.85, "update_interval": 10, "mode": "prune", "profile": "auto", "layers": "", "front_layers": -1,
     "first_anchor": 0, "start_percent": 0.0, "end_percent": 1.0, "min_keep": 0.0, "max_keep": 1.0,
-    "metric": "influence",
+    "metric": "influence", "spacing": "auto",
 }  # fmt: skip
 
 
