@@ -18,7 +18,7 @@ from topi_demo.workflow import to_prompt
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = {
     "CHANGELOG.md", "LICENSE", "README.md", "__init__.py", "pyproject.toml", "requirements.txt",
-    "locales", "nodes", "topi_core", "topi_demo", "web", "workflows",
+    "locales", "nodes", "tools", "topi_core", "topi_demo", "web", "workflows",
 }  # fmt: skip
 
 
@@ -47,6 +47,7 @@ def test_the_registry_s_own_check_passes():
 
 def test_it_holds_what_the_pack_needs_and_nothing_else(installed):
     assert {file.name for file in installed.iterdir()} == SHIPPED
+    assert [file.name for file in (installed / "tools").iterdir()] == ["calibrate.py"]
     assert not list(installed.rglob("__pycache__"))
 
 
