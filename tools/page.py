@@ -100,8 +100,12 @@ class Page:
 
     def load_template(self, pack: str, name: str) -> None:
         self.browse_templates(pack)
+        before = self.run("app.extensionManager.workflow.activeWorkflow.path")
         self.page.get_by_test_id(f"template-workflow-{name}").click()
-        self.wait(f"app.extensionManager.workflow.activeWorkflow?.filename === '{name}' && app.rootGraph.nodes.length")
+        active = "app.extensionManager.workflow.activeWorkflow"  # of a second one the name ends with its number
+        self.wait(
+            f"{active}?.path !== {before!r} && {active}.filename.startsWith('{name}') && app.rootGraph.nodes.length"
+        )
 
     def new_tab(self) -> None:
         """An empty workflow beside the others."""
