@@ -22,9 +22,10 @@ from comfy_api.latest import ComfyExtension, io
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, conv_transpose2d
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "comfy"))
+ROOT = Path(__file__).resolve().parents[3]
+sys.path += [str(ROOT), str(ROOT / "tests" / "comfy")]
 
-from small_models import NETWORKS, patcher, random_weights
+from small_models import NETWORKS, patcher, random_weights  # noqa: E402 (the path comes first)
 
 WORDS = 64
 """Width of the features of FLUX.1's and FLUX.2's words."""
