@@ -109,7 +109,6 @@ def _pruner(call: Call, block: Block, pe_dim: int) -> Change:
             changed["img"] = realign(args["img"], layout.context, call.kept)
         for names, dims in ((POSITIONS, (pe_dim,)), (MASKS, (-2, -1))):
             changed |= {name: _realigned(call, args[name], dims) for name in names if args.get(name) is not None}
-        call.computed = True
         return changed
 
     return prune
@@ -203,7 +202,6 @@ def _scorer(state: State, call: Call, layer: int, block: Block) -> Change:
         return attention(q, k, v, heads, *rest, **kwargs)
 
     def change(args: dict) -> dict:
-        call.computed = True
         if call.features:
             state.score_features(call, layer, args["img"], _own_layout(block, call.layout))
         return _attended(listen, args) if call.search or not call.features else args
