@@ -233,15 +233,16 @@ def test_an_example_runs_as_it_is_opened(opened, run, info, name):
         assert len(outputs[key]["profile"][0]["layers"]) == 3
 
 
-@pytest.mark.parametrize("name", OURS)
-def test_an_example_is_listed_with_its_picture(opened, name):
+def test_the_examples_are_listed_with_their_pictures(opened):
     """In the template browser; a missing picture would be shown as a broken one."""
     opened.browse_templates(PACK)
-    picture = opened.page.get_by_test_id(f"template-workflow-{name}").locator("img").first
-    picture.scroll_into_view_if_needed()
-    shown = picture.evaluate("(image) => image.decode().then(() => [image.naturalWidth, image.naturalHeight])")
-    assert tuple(shown) == Image.open(FOLDER / f"{name}.jpg").size
+    for name in OURS:
+        picture = opened.page.get_by_test_id(f"template-workflow-{name}").locator("img").first
+        picture.scroll_into_view_if_needed()
+        shown = picture.evaluate("(image) => image.decode().then(() => [image.naturalWidth, image.naturalHeight])")
+        assert tuple(shown) == Image.open(FOLDER / f"{name}.jpg").size, name
     opened.page.keyboard.press("Escape")
+    opened.page.get_by_role("dialog").wait_for(state="hidden")
 
 
 def test_an_example_opened_afresh_shows_no_earlier_run(opened, context, server):
