@@ -237,8 +237,9 @@ def test_the_examples_are_listed_with_their_pictures(opened):
     """In the template browser; a missing picture would be shown as a broken one."""
     opened.browse_templates(PACK)
     for name in OURS:
-        picture = opened.page.get_by_test_id(f"template-workflow-{name}").locator("img").first
-        picture.scroll_into_view_if_needed()
+        card = opened.page.get_by_test_id(f"template-workflow-{name}")
+        card.scroll_into_view_if_needed()  # the page loads a picture when its card is seen
+        picture = card.locator("img").first
         shown = picture.evaluate("(image) => image.decode().then(() => [image.naturalWidth, image.naturalHeight])")
         assert tuple(shown) == Image.open(FOLDER / f"{name}.jpg").size, name
     opened.page.keyboard.press("Escape")
