@@ -6,7 +6,7 @@ PYTHON ?= python3
 RUN = .venv/bin/python -m
 JOBS ?= 2
 
-.PHONY: help setup demo test test-old serve lint types package locales train evaluate calibrate
+.PHONY: help setup demo test test-old serve lint types package locales train evaluate calibrate bench
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -39,6 +39,11 @@ train: setup  ## train the demo model anew (hours)
 
 evaluate: setup  ## measure the demo model on held-out scenes
 	@$(RUN) topi_demo.evaluate $(ARGS)
+
+bench: setup  ## a short benchmark of fidelity and speed; bench/fidelity.py and bench/speed.py have all of it
+	@$(RUN) bench.fidelity --short -n 2 --out demo_output/fidelity.jsonl
+	@$(RUN) bench.speed --architectures flux1-kontext --sides 256 --references 1 --rows 1 --kept 0.5 --repeats 1 \
+		--out demo_output/speed.jsonl
 
 calibrate: setup  ## find the demo model's layers anew, and draw their chart (minutes)
 	@$(RUN) topi_demo.calibrate $(ARGS)
