@@ -134,22 +134,20 @@ def _realigned(call: Call, x: Tensor, dims: tuple[int, ...]) -> Tensor:
         for dim in dims:
             layout = _layout_of(x.shape[dim], call.layout)
             if layout is not None:
-                keys = call.kind == "reused" and dim == -1  # of a mask: the reused ones come last
-                short = (_keys_last if keys else _short)(short, layout.context, call, dim % x.ndim)
+                if call.kind == "reused" and dim == -1:
+                    short = _keys_last(short, layout.context, call)
+                else:
+                    short = realign(short, layout.context, call.kept, dim % x.ndim)
         call.positions[key] = (x, short)  # x is kept alive, or its id could be another tensor's
     return call.positions[key][1]
 
 
-def _short(x: Tensor, context: slice, call: Call, dim: int) -> Tensor:
-    return realign(x, context, call.kept, dim)
-
-
-def _keys_last(mask: Tensor, context: slice, call: Call, dim: int) -> Tensor:
+def _keys_last(mask: Tensor, context: slice, call: Call) -> Tensor:
     """A mask's columns as the attention of a reused call has its keys: its own tokens, then the reused ones."""
     kept = torch.cat([cache.kept for cache in call.caches]).to(mask.device)
-    columns = realign(mask, context, kept, dim).narrow(dim, context.start, kept.shape[1])
-    own = realign(mask, context, call.kept, dim)
-    return torch.cat((own.expand(*columns.shape[:-1], -1), columns), dim)
+    columns = realign(mask, context, kept, mask.ndim - 1).narrow(-1, context.start, kept.shape[1])
+    own = realign(mask, context, call.kept, mask.ndim - 1)
+    return torch.cat((own.expand(*columns.shape[:-1], -1), columns), -1)
 
 
 def _layout_of(tokens: int, layout: Layout) -> Layout | None:

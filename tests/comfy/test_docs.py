@@ -4,16 +4,7 @@ import re
 
 import pytest
 
-NODES = (
-    "ToPiPatch",
-    "ToPiMaskPreview",
-    "ToPiReport",
-    "ToPiCompare",
-    "ToPiCalibrate",
-    "ToPiSaveProfile",
-    "ToPiDemoModel",
-    "ToPiDemoScene",
-)
+from tools.pictures import NODES
 
 
 def test_all_nodes_are_listed_here(comfyui):
