@@ -178,7 +178,7 @@ def _keep(call: Call, place: Place, attention: Callable, q: Tensor, k: Tensor, v
 
 def _reuse(call: Call, place: Place, attention: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, *rest, **kwargs):
     """Lets an attention see the kept keys and values beside its own."""
-    pairs = [cache.get(place, k.device) for cache in call.caches]
+    pairs = [cache.get(place, k.device, call.sigma) for cache in call.caches]
     keys, values = zip(*pairs, strict=True)
     own, kept = k.shape[-2], keys[0].shape[-2]
     if rest and rest[0] is not None:

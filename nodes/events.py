@@ -14,7 +14,7 @@ from PIL import Image
 from server import PromptServer
 from torch import Tensor
 
-from ..topi_core.overlay import Geometry, draw, kept_of
+from ..topi_core.overlay import Geometry, draw, weight_of
 from ..topi_core.trace import Anchor, Run
 
 EVENT = "topi.anchor"
@@ -66,7 +66,7 @@ def _overlay(run: Run, anchor: Anchor, reference: int) -> Tensor:
     seen = anchor.references[reference]
     picture = torch.full((1, *seen.size, 3), 0.5) if seen.picture is None else seen.picture[:1].float() / 255
     place = Geometry(cells=seen.size, patch=run.patch, cell_pixels=1)
-    return draw(picture, place.mask(kept_of(anchor, reference)[0], seen.size)[None].float(), 0.8)[0]
+    return draw(picture, place.spread(weight_of(anchor, reference)[0], seen.size)[None], 0.8)[0]
 
 
 def _png(picture: Tensor) -> str:

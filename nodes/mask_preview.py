@@ -6,7 +6,7 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..topi_core.overlay import draw, geometry, kept_of
+from ..topi_core.overlay import draw, geometry, kept_of, weight_of
 from ..topi_core.report import why_nothing
 from ..topi_core.trace import Anchor, Run
 from .patch import TraceType
@@ -22,7 +22,8 @@ class ToPiMaskPreview(io.ComfyNode):
             node_id="ToPiMaskPreview",
             display_name="ToPi Mask Preview",
             category="ToPi",
-            description="Shows the reference tokens that a run kept, in gold, and dims the others: a frame an anchor.",
+            description="Shows what the model looked at: kept reference tokens in gold, the more the larger their "
+            "influence, and the others dimmed; a frame an anchor.",
             is_output_node=True,
             inputs=[
                 TraceType.Input("trace", tooltip="From ToPi Patch."),
@@ -52,12 +53,16 @@ class ToPiMaskPreview(io.ComfyNode):
         anchors = anchors_with(run, reference)
         if anchors:
             seen = [picture(run, anchor, reference, image) for anchor in anchors]
-            mask = torch.cat([masks(run, a, reference, p.shape[1:3]) for a, p in zip(anchors, seen, strict=True)])
+            pairs = list(zip(anchors, seen, strict=True))
+            mask, weight = (
+                torch.cat([pixels(run, a, reference, of(a, reference).float(), p.shape[1:3]) for a, p in pairs])
+                for of in (kept_of, weight_of)
+            )
             pictures = torch.cat(seen)
         else:  # a run without an anchor pruned nothing
             pictures = torch.full((1, 64, 64, 3), 0.5) if image is None else image[:1, ..., :3]
-            mask = torch.ones(pictures.shape[:3])
-        overlay = draw(pictures, mask, opacity)
+            mask = weight = torch.ones(pictures.shape[:3])
+        overlay = draw(pictures, weight, opacity)
         shown = ui.PreviewImage(_at_most(overlay, LARGEST)).as_dict()
         facts = [fact for anchor in anchors for fact in frames(anchor, reference)]
         return io.NodeOutput(overlay, mask, ui=shown | {"frames": facts, "note": (why_nothing(run) or "",)})
@@ -109,10 +114,10 @@ def picture(run: Run, anchor: Anchor, reference: int, image: Tensor | None) -> T
     return image[..., :3] if len(image) == images else image[:1, ..., :3].expand(images, -1, -1, -1)
 
 
-def masks(run: Run, anchor: Anchor, reference: int, size: tuple[int, int]) -> Tensor:
-    """1 where the kept tokens came from, in the pixels of an image of this size: [images, H, W]."""
+def pixels(run: Run, anchor: Anchor, reference: int, values: Tensor, size: tuple[int, int]) -> Tensor:
+    """A reference's tokens [images, tokens] as the pixels that they came from, of an image of this size."""
     place = geometry(run, anchor, reference)
-    return torch.stack([place.mask(kept, size) for kept in kept_of(anchor, reference)]).float()
+    return torch.stack([place.spread(row, size) for row in values])
 
 
 def _at_most(pictures: Tensor, side: int) -> Tensor:

@@ -29,7 +29,7 @@ class ToPiPatch(io.ComfyNode):
             node_id="ToPiPatch",
             display_name="ToPi Patch",
             category="ToPi",
-            description="Drops the reference tokens that the model does not look at: the same edit, sooner.",
+            description="Stops computing the reference images anew at every step: the same edit, sooner.",
             inputs=[
                 io.Model.Input(
                     "model",
@@ -37,20 +37,21 @@ class ToPiPatch(io.ComfyNode):
                     "Qwen-Image-Edit, Mage-Flow, JoyImage, Krea 2, OmniGen2 or Boogu.",
                 ),
                 io.Float.Input(
-                    "tau", default=0.85, min=0.0, max=1.0, step=0.01,
-                    tooltip="Share of the references' influence that is kept. Lower is faster; 1 keeps every token and "
-                    "gives the unpatched image, bit for bit.",
+                    "tau", default=1.0, min=0.0, max=1.0, step=0.01,
+                    tooltip="Share of the references' influence that is kept. With reuse 1, all tokens, is best: fewer "
+                    "save memory and little time. With prune lower is faster, 0.85 is a good start, and 1 gives the "
+                    "unpatched image, bit for bit.",
                 ),
                 io.Int.Input(
-                    "update_interval", default=10, min=1, max=1000,
+                    "update_interval", default=5, min=1, max=1000,
                     tooltip="Steps from one anchor to the next. At an anchor the full context runs and the tokens are "
                     "chosen anew.",
                 ),
                 io.Combo.Input(
-                    "mode", options=list(MODES), default="prune",
-                    tooltip="prune: dropped tokens leave the sequence until the next anchor, as in the paper. reuse: "
-                    "between anchors no reference token is computed, the picture sees the kept ones as they were; "
-                    "faster and closer to the unpatched image, for memory.",
+                    "mode", options=list(MODES), default="reuse",
+                    tooltip="reuse: between anchors no reference token is computed, the picture sees their keys and "
+                    "values of the anchor; faster and closer to the unpatched image, for memory. prune: dropped tokens "
+                    "leave the sequence until the next anchor, as in the paper.",
                 ),
                 io.Combo.Input(
                     "profile", options=["auto", *profile_files.names()], default="auto",
@@ -95,6 +96,11 @@ class ToPiPatch(io.ComfyNode):
                     tooltip="steps: anchors every update_interval steps. sigma: as many, placed where the noise level "
                     "changes most. auto: steps for prune, sigma for reuse.",
                 ),
+                io.Boolean.Input(
+                    "forecast", default=True, advanced=True,
+                    tooltip="For reuse: between anchors the kept keys and values go on changing as they did from the "
+                    "last anchor but one to the last. Nearer to the unpatched image, for twice the memory.",
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model with ToPi; connect it to the sampler."),
@@ -112,7 +118,7 @@ class ToPiPatch(io.ComfyNode):
     def execute(
         cls, model, tau, update_interval, mode, profile,
         layers="", front_layers=-1, first_anchor=0, start_percent=0.0, end_percent=1.0,
-        min_keep=0.0, max_keep=1.0, metric="influence", spacing="auto",
+        min_keep=0.0, max_keep=1.0, metric="influence", spacing="auto", forecast=True,
     ) -> io.NodeOutput:  # fmt: skip
         network = model.get_model_object("diffusion_model")
         family = family_of(network)
@@ -143,6 +149,7 @@ class ToPiPatch(io.ComfyNode):
             min_keep=min_keep,
             max_keep=max_keep,
             metric=metric,
+            forecast=forecast,
         )
         trace = Trace()
         node_id = cls.hidden.unique_id if cls.hidden else None  # none outside of a prompt

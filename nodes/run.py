@@ -20,7 +20,7 @@ from ..topi_core.schedule import Schedule
 from ..topi_core.select import Selection, select
 from ..topi_core.stopwatch import Stopwatch
 from ..topi_core.trace import Anchor, Bits, Kind, Reference, Run, Sampled, Step
-from .memory import room_for
+from .caches import Caches
 
 log = logging.getLogger(__name__)
 
@@ -193,9 +193,8 @@ class RunState(State):
         self.groups: list[Group] = []
         self.group_of_cond: dict[object, Group] = {}
         self.kept: dict[tuple[int, ...], Tensor] = {}  # by the groups of a call's chunks, until the next anchor
-        self.caches: dict[object, ContextCache] = {}  # by cond, when reusing
+        self.caches = Caches(self.settings.forecast)  # of the mode "reuse"
         self.open: OpenStep | None = None
-        self.crowded = False  # there was no room for a cache
 
     def begin(self, options: dict, references: list[Tensor], layout: Layout, device: torch.device) -> Call:
         sigma = float(options["sigmas"][0])
@@ -238,17 +237,11 @@ class RunState(State):
         if call.kind == "reused":
             call.kept = torch.empty(1, 0, dtype=torch.long, device=device)
         elif call.kind == "anchor":
-            for cond in call.conds:
-                self.caches.pop(cond, None)  # before the new ones take their room
             run, tokens = self.record, call.layout.context_tokens
-            size = cache_bytes(run.depth, tokens, run.hidden, reference.element_size(), len(reference))
-            room = None if self.crowded else room_for(size, device)
-            if room is None:
-                if not self.crowded:
-                    log.warning("ToPi: no room for %.1f GB of keys and values, so this run goes on in full", size / 1e9)
-                self.crowded, call.kind = True, "full"
-            else:
-                call.caches = [ContextCache(offload=room == "host") for _ in call.conds]
+            size = cache_bytes(run.depth, tokens, run.hidden, reference.element_size(), self.images)
+            call.caches = self.caches.fresh(call.conds, call.step, call.sigma, size, device)
+            if not call.caches:
+                call.kind = "full"
 
     def _shrunk(self, cond: object, group: Group) -> ContextCache | None:
         """The cond's cache with the kept tokens only; as many for all conds of its size, as they may share a call."""
@@ -306,7 +299,9 @@ class RunState(State):
         group.selection = select(sum(group.scores.values()).cpu(), s.tau, s.min_keep, s.max_keep)
         step, sigma = group.scored
         seconds = sum(watch.seconds() for watch in group.watches)
-        anchor = Anchor(step, sigma, group.layout, group.pictures, Bits.of(group.selection.mask()), seconds)
+        chosen = group.selection
+        bits, ranks = Bits.of(chosen.mask()), chosen.ranks()
+        anchor = Anchor(step, sigma, group.layout, group.pictures, bits, seconds, ranks)
         self.record.anchors.append(anchor)
         self.kept.clear()
         if self.on_anchor is not None:
@@ -351,8 +346,10 @@ class RunState(State):
         if call.kind != "anchor" or not call.computed:
             return
         call.check()
-        self.caches |= zip(call.conds, call.caches, strict=False)  # no caches when pruning
-        self.record.cache_bytes = max(self.record.cache_bytes, sum(cache.nbytes for cache in self.caches.values()))
+        if call.caches:
+            self.caches.keep(call.conds, call.caches)
+            self.record.cache_bytes = max(self.record.cache_bytes, self.caches.nbytes)
+            self.record.forecast |= self.caches.forecasting
         watches = [call.watch]  # counted once, for the first of the groups
         for i, group in enumerate(call.chunks):
             if group.scored and group.scored[0] != call.step:

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from .influence import Metric
 from .schedule import Spacing
 
-MODES = ("prune", "reuse")
+MODES = ("reuse", "prune")
 SPACINGS = ("auto", "steps", "sigma")
 
 
@@ -33,7 +33,8 @@ class Settings:
 
     `layers` are the representative ones (Eq. 5); without any, the first anchor finds them. The first `front_layers`
     always see the full context, when pruning. `profile` is where both come from, for the report. `spacing` "auto" is
-    "steps" for the mode prune, as in the paper, and "sigma" for reuse (`Schedule.anchors`).
+    "steps" for the mode prune, as in the paper, and "sigma" for reuse (`Schedule.anchors`). `forecast` is for reuse
+    alone (`reuse.ContextCache`).
     """
 
     depth: int
@@ -50,6 +51,7 @@ class Settings:
     min_keep: float = 0.0
     max_keep: float = 1.0
     metric: Metric = "influence"
+    forecast: bool = True
 
     def __post_init__(self) -> None:
         for name in ("tau", "start_percent", "end_percent", "min_keep", "max_keep"):

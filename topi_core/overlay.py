@@ -10,6 +10,7 @@ from torch import Tensor
 from .trace import Anchor, Run
 
 GOLD = (1.0, 0.78, 0.10)
+FAINT = 0.1  # weight of the kept token with the least influence
 Size = tuple[int, int]
 """Height, width."""
 
@@ -51,10 +52,10 @@ class Geometry:
         cell = (place - pixels % self.cell_pixels // 2).div(self.cell_pixels, rounding_mode="floor")
         return torch.where((cell >= 0) & (cell < cells), cell // self.patch, -1)
 
-    def mask(self, kept: Tensor, image: Size) -> Tensor:
-        """kept bool [tokens] of this reference -> bool [H, W]: True on the pixels that the kept tokens came from."""
+    def spread(self, tokens: Tensor, image: Size) -> Tensor:
+        """Values of this reference's tokens [tokens] -> [H, W]: on the pixels that they came from, else 0 or False."""
         rows, columns = self.tokens_of_pixels(image)
-        grid = torch.nn.functional.pad(kept[: self.grid[0] * self.grid[1]].view(self.grid), (0, 1, 0, 1))
+        grid = torch.nn.functional.pad(tokens[: self.grid[0] * self.grid[1]].view(self.grid), (0, 1, 0, 1))
         return grid[rows][:, columns]  # -1 is the padding
 
 
@@ -64,12 +65,27 @@ def geometry(run: Run, anchor: Anchor, reference: int) -> Geometry:
 
 def kept_of(anchor: Anchor, reference: int) -> Tensor:
     """What an anchor kept of one reference: bool [images, tokens]."""
+    return anchor.kept[:, _part(anchor, reference)]
+
+
+def weight_of(anchor: Anchor, reference: int) -> Tensor:
+    """How strongly each token of one reference is drawn, by its influence: [images, tokens] in 0..1; 0 if dropped."""
+    kept = kept_of(anchor, reference).float()
+    return (
+        kept if anchor.ranks is None else kept * (FAINT + (1 - FAINT) * anchor.ranks[:, _part(anchor, reference)] / 255)
+    )
+
+
+def _part(anchor: Anchor, reference: int) -> slice:
     place, start = anchor.layout.references[reference], anchor.layout.context.start
-    return anchor.kept[:, place.start - start : place.stop - start]
+    return slice(place.start - start, place.stop - start)
 
 
-def draw(picture: Tensor, mask: Tensor, opacity: float) -> Tensor:
-    """Kept parts tinted with gold, the others dimmed: picture [F, H, W, 3], mask [F, H, W] -> [F, H, W, 3]."""
-    mask = mask[..., None].to(picture.dtype)
-    gold = torch.lerp(picture, torch.tensor(GOLD, dtype=picture.dtype), 0.5 * opacity)
-    return mask * gold + (1 - mask) * picture * (1 - opacity)
+def draw(picture: Tensor, weight: Tensor, opacity: float) -> Tensor:
+    """Kept parts tinted with gold, the more the larger their weight, the others, of weight 0, dimmed.
+
+    picture [F, H, W, 3], weight [F, H, W] in 0..1 -> [F, H, W, 3]
+    """
+    weight = weight[..., None].to(picture.dtype)
+    gold = torch.lerp(picture, torch.tensor(GOLD, dtype=picture.dtype), 0.7 * opacity * weight)
+    return torch.where(weight > 0, gold, picture * (1 - opacity))

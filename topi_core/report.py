@@ -110,7 +110,9 @@ def text(run: Run) -> str:
     if run.steps:
         lines += ["", *_aligned(_step_rows(figures(run), _word(run), shorter=why is None))]
     if run.cache_bytes:
-        lines += ["", f"The kept keys and values took {run.cache_bytes / 1e6:,.1f} MB, until the run's end."]
+        took = f"The kept keys and values took {run.cache_bytes / 1e6:,.1f} MB, until the run's end"
+        forecast = "; from the second anchor on they were forecast" * run.forecast
+        lines += ["", f"{took}{forecast}."]
     return "\n".join(lines)
 
 

@@ -2,7 +2,8 @@
 
 A pruned token costs its linear layers and its queries as long as it is kept. A reused one costs a column of the
 attention and nothing else: between anchors the sequence is text and target alone, and every attention sees the kept
-tokens' keys (after RoPE) and values of the anchor beside its own.
+tokens' keys (after RoPE) and values of the anchor beside its own. From the second anchor on they may be forecast: what
+they changed by since the anchor before, they go on changing by.
 
 Axes: I images of one cond, H heads, C context tokens, K kept ones, D head dimension. Keys and values are
 [I, H, C, D], or [I, C, H * D] where a model splits its heads later; tokens are the last dimension but one.
@@ -27,14 +28,20 @@ def cache_bytes(layers: int, tokens: int, hidden: int, itemsize: int, rows: int)
 
 @dataclass
 class ContextCache:
-    """One cond's keys and values of its context, in every attention of the model.
+    """One cond's keys and values of its context, in every attention of the model, as they were at `sigma`.
 
     With `offload` they lie in host memory, pinned where the device is CUDA, and come back a layer ahead of their use.
+    With `before`, the same cond's cache of the anchor before, on the same device, they are forecast; it is used up.
     """
 
+    step: int
+    sigma: float
     offload: bool = False
+    before: ContextCache | None = None
     kept: Tensor | None = None  # [I, K] into the context, once it is known
     entries: dict[Place, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    changes: dict[Place, tuple[Tensor, Tensor]] = field(default_factory=dict)  # since the anchor before
+    span: float = 0.0  # of sigma, since then
     coming: dict[Place, _Transfer] = field(default_factory=dict)
     stream: torch.cuda.Stream | None = None
 
@@ -42,17 +49,31 @@ class ContextCache:
         """Takes over the context's part of an attention's keys and values [I, .., C, D]; they are copied."""
         copy = _to_host if self.offload else torch.clone
         self.entries[place] = copy(k), copy(v)
+        if self.before is not None:
+            old = self.before.entries.pop(place)
+            dk, dv = (_change(new, was, self.before.kept) for new, was in zip((k, v), old, strict=True))
+            self.changes[place] = dk, dv
+            self.span = self.sigma - self.before.sigma
 
     def shrink(self, kept: Tensor) -> None:
         """Drops the tokens that are not kept: kept [I, K], ascending, on any device."""
         some = next(iter(self.entries.values()))[0]
         self.kept = kept.to(some.device)
         if kept.shape[1] < some.shape[-2]:
-            for place, (k, v) in self.entries.items():
-                self.entries[place] = _take(k, self.kept), _take(v, self.kept)
+            for pairs in (self.entries, self.changes):
+                for place, (k, v) in pairs.items():
+                    pairs[place] = _take(k, self.kept), _take(v, self.kept)
 
-    def get(self, place: Place, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Keys and values of one attention, on the device; the next attention's are sent for."""
+    def get(self, place: Place, device: torch.device, sigma: float) -> tuple[Tensor, Tensor]:
+        """Keys and values of one attention, on the device, as they should be at `sigma`.
+
+        The next attention's are sent for, where they lie in host memory.
+        """
+        if place in self.changes:
+            ahead = forecast_weight(sigma - self.sigma, self.span)
+            pairs = zip(self.entries[place], self.changes[place], strict=True)
+            k, v = (x.add(change, alpha=ahead) for x, change in pairs)
+            return k, v
         if not self.offload or device.type != "cuda":
             return self.entries[place]
         self.stream = self.stream or torch.cuda.Stream(device)
@@ -69,7 +90,17 @@ class ContextCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for pair in self.entries.values() for x in pair)
+        return sum(x.nbytes for pairs in (self.entries, self.changes) for pair in pairs.values() for x in pair)
+
+
+def forecast_weight(since: float, span: float) -> float:
+    """How much of what changed from one anchor to the next is added, when sigma went on by `since` from the later one.
+
+    Between those two it went by `span`. A straight line through both, x + w (x - x_before) with w = since / span,
+    followed no further than it is long: 0 <= w <= 1. Forecasting from a sampler's past is known from caches of whole
+    blocks (TaylorSeer, arXiv 2503.06923); here it is the context's keys and values.
+    """
+    return min(max(since / span, 0.0), 1.0) if span else 0.0
 
 
 def extend(x: Tensor, caches: Sequence[Tensor]) -> Tensor:
@@ -96,9 +127,21 @@ def extend_mask(mask: Tensor, own: int, kept: int) -> Tensor:
 
 def _take(x: Tensor, kept: Tensor) -> Tensor:
     """x [I, H, C, D] or [I, C, W] -> the same with K tokens."""
-    index = kept.view(kept.shape[0], *[1] * (x.ndim - 3), -1, 1)
-    taken = x.gather(-2, index.expand(*x.shape[:-2], -1, x.shape[-1]))
+    taken = x.gather(-2, _index(kept, x))
     return taken.pin_memory() if x.is_pinned() else taken
+
+
+def _index(kept: Tensor, x: Tensor) -> Tensor:
+    """kept [I, K] as an index into the tokens of x [I, .., C, D]."""
+    return kept.view(kept.shape[0], *[1] * (x.ndim - 3), -1, 1).expand(*x.shape[:-2], -1, x.shape[-1])
+
+
+def _change(new: Tensor, old: Tensor, kept: Tensor | None) -> Tensor:
+    """new [I, .., C, D] less the old of the tokens that were kept; none in those that were not."""
+    if new.shape == old.shape:
+        return new - old
+    index = _index(kept, new)
+    return torch.zeros_like(new).scatter_(-2, index, new.gather(-2, index) - old)
 
 
 def _to_host(x: Tensor) -> Tensor:

@@ -29,6 +29,12 @@ class Selection:
         place = self.order.argsort(dim=1)
         return place < torch.tensor(self.counts, device=place.device)[:, None]
 
+    def ranks(self) -> Tensor:
+        """uint8 [B, C]: 255 for the most influential token of a row, 0 for the least, evenly between."""
+        tokens = self.order.shape[1]
+        place = self.order.argsort(dim=1)
+        return (255 * (tokens - 1 - place) / max(tokens - 1, 1)).round().to(torch.uint8)
+
 
 def select(influence: Tensor, tau: float, min_keep: float = 0.0, max_keep: float = 1.0) -> Selection:
     """Smallest set of context tokens that holds the share `tau` of the influence (Eq. 10).

@@ -1,4 +1,4 @@
-"""The record of what runs kept and took: bits and plain numbers, no scores."""
+"""The record of what runs kept and took: bits, ranks of a byte, and plain numbers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,10 @@ class Reference:
 
 @dataclass(frozen=True)
 class Anchor:
-    """What one set of references kept from an anchor step on; `seconds` is what scoring it took."""
+    """What one set of references kept from an anchor step on; `seconds` is what scoring it took.
+
+    `ranks` are the tokens by influence, from 0 to 255 (`select.Selection.ranks`).
+    """
 
     step: int
     sigma: float
@@ -54,6 +57,7 @@ class Anchor:
     references: tuple[Reference, ...]
     bits: Bits
     seconds: float = 0.0
+    ranks: Tensor | None = None  # uint8 [images, C]
 
     @property
     def kept(self) -> Tensor:
@@ -101,7 +105,7 @@ class Run(Sampled):
     A token covers `patch` x `patch` cells of a latent, a cell `cell_pixels` x `cell_pixels` pixels of its image.
     `hidden` and `linear` are the model's width and its layers' linear operations, as `cost.layer_flops` wants them.
     `context_tokens` are the most that a call of the network had, whether or not they were ever scored; `cache_bytes`
-    the most that its kept keys and values took.
+    the most that its kept keys and values took, and `forecast` says that these were forecast.
     `found` are the layers that the run found itself, at the step `found_at`, where its settings name none.
     """
 
@@ -113,6 +117,7 @@ class Run(Sampled):
     linear: int = 24
     context_tokens: int = 0
     cache_bytes: int = 0
+    forecast: bool = False
     found: tuple[int, ...] = ()
     found_at: int | None = None
     anchors: list[Anchor] = field(default_factory=list)

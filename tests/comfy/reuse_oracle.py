@@ -3,9 +3,12 @@
 At an anchor the context's keys and values of every layer are written down, for each cond. Between anchors the model
 still computes the whole sequence, but in every attention the context's keys and values are replaced by those that were
 written down, and those of dropped tokens are hidden. What the context's own rows become is of no consequence then.
+A forecast goes on along the straight line through what was written down at the last two anchors.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from oracle import FLOAT_ERROR, Oracle
@@ -14,12 +17,28 @@ from small_models import Family
 from torch import Tensor
 
 
+@dataclass
+class Page:
+    """Keys and values that one anchor wrote down, in its first call and in its last, which is most often the same.
+
+    `known` [images, C] are the tokens whose values of the anchor before were kept.
+    """
+
+    step: int
+    sigma: float
+    known: Tensor | None
+    first_sigma: float
+    first: tuple[Tensor, Tensor]
+    last: tuple[Tensor, Tensor]
+
+
 class ReuseOracle(Oracle):
-    def __init__(self, family: Family, anchors: tuple[int, ...] | None = None, **settings):
+    def __init__(self, family: Family, anchors: tuple[int, ...] | None = None, *, forecast: bool = True, **settings):
         """anchors: where they are spaced by sigma."""
         super().__init__(family, **settings)
         self.given = anchors
-        self.noted_down: dict[tuple[object, int, int], tuple[Tensor, Tensor]] = {}  # (cond, layer, nth attention)
+        self.forecast = forecast
+        self.pages: dict[tuple[object, int, int], list[Page]] = {}  # by cond, layer and nth attention: one an anchor
         self.kept_by: dict[object, Tensor | None] = {}  # cond -> [images, C]; None until it is first used
 
     def due(self, last: int | None, step: int) -> bool:
@@ -37,6 +56,7 @@ class ReuseOracle(Oracle):
         return out
 
     def kind(self, step: int, sigma: float) -> str:
+        self.now = step, sigma
         kind = super().kind(step, sigma)
         if kind == "pruned" and any(cond not in self.kept_by for cond in self.conds):
             return "anchor"
@@ -69,13 +89,31 @@ class ReuseOracle(Oracle):
         if self.record:
             for i, cond in enumerate(self.conds):
                 rows = slice(i * images, (i + 1) * images)
-                self.noted_down[cond, self.layer, number] = tuple(x[rows][own].clone() for x in (k, v))
+                pages = self.pages.setdefault((cond, self.layer, number), [])
+                pair = tuple(x[rows][own].clone() for x in (k, v))
+                if pages and pages[-1].step == self.now[0]:
+                    pages[-1].sigma, pages[-1].last = self.now[1], pair
+                else:
+                    pages.append(Page(*self.now, self.kept_by.get(cond), self.now[1], pair, pair))
         if self.kept is None:
             return k, v, mask
-        keys, values = zip(*(self.noted_down[cond, self.layer, number] for cond in self.conds), strict=True)
+        pairs = [self.told(self.pages[cond, self.layer, number], dim) for cond in self.conds]
+        keys, values = zip(*pairs, strict=True)
         k, v = k.clone(), v.clone()
         k[own], v[own] = torch.cat(keys), torch.cat(values)
         return k, v, self.hide(k, mask, context, dim)
+
+    def told(self, pages: list[Page], dim: int) -> tuple[Tensor, Tensor]:
+        """One cond's keys and values of the context at the sigma of this call."""
+        last = pages[-1]
+        if len(pages) == 1 or not self.forecast:
+            return last.last
+        before = pages[-2]
+        ahead = min((self.now[1] - last.sigma) / (last.first_sigma - before.sigma), 1)
+        known = torch.ones(last.last[0].shape[0], self.context) if last.known is None else last.known.float()
+        known = known[:, None, :, None] if dim == 2 else known[:, :, None]
+        three = zip(last.last, last.first, before.last, strict=True)
+        return tuple(now + ahead * known * (first - earlier) for now, first, earlier in three)
 
 
 def compare_reuse(

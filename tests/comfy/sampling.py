@@ -87,9 +87,12 @@ def run_node(name: str, /, **inputs) -> tuple:
     return node.execute(**(known | inputs)).result
 
 
+PAPER = {"tau": 0.85, "update_interval": 10, "mode": "prune"}
+
+
 def patch(model, **inputs) -> tuple:
-    """ToPi Patch -> (model, trace)."""
-    return run_node("ToPiPatch", model=model, **inputs)
+    """ToPi Patch -> (model, trace); the paper's settings, unless others are given."""
+    return run_node("ToPiPatch", model=model, **PAPER | inputs)
 
 
 def layer_inputs(family: Family, front_layers: int | None = None) -> dict:

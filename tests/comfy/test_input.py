@@ -16,9 +16,9 @@ by_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 SUPPORTED = ("FLUX.1", "FLUX.2", "Qwen-Image", "Mage-Flow", "JoyImage", "Krea 2", "OmniGen2", "Boogu")
 INPUTS = {  # id: (type, default, lowest, highest, advanced); workflows that people saved depend on all of it
     "model": ("MODEL", None, None, None, False),
-    "tau": ("FLOAT", 0.85, 0, 1, False),
-    "update_interval": ("INT", 10, 1, 1000, False),
-    "mode": ("COMBO", "prune", None, None, False),
+    "tau": ("FLOAT", 1.0, 0, 1, False),
+    "update_interval": ("INT", 5, 1, 1000, False),
+    "mode": ("COMBO", "reuse", None, None, False),
     "profile": ("COMBO", "auto", None, None, False),
     "layers": ("STRING", "", None, None, True),
     "front_layers": ("INT", -1, -1, 200, True),
@@ -28,7 +28,9 @@ INPUTS = {  # id: (type, default, lowest, highest, advanced); workflows that peo
     "min_keep": ("FLOAT", 0.0, 0, 1, True),
     "max_keep": ("FLOAT", 1.0, 0, 1, True),
     "metric": ("COMBO", "influence", None, None, True),
-    "spacing": ("COMBO", "auto", None, None, True),  # came later, so it stands last: saved values have places, no names
+    # these came later, so they stand last: saved values have places, no names
+    "spacing": ("COMBO", "auto", None, None, True),
+    "forecast": ("BOOLEAN", True, None, None, True),
 }
 
 
@@ -43,7 +45,7 @@ def test_inputs_and_outputs_are_those_that_workflows_rely_on():
     assert all(i.tooltip for i in schema.inputs)
     assert [output.get_io_type() for output in schema.outputs] == ["MODEL", "TOPI_TRACE"]
     options = {i.id: i.options for i in schema.inputs if hasattr(i, "options")}
-    assert options["mode"] == ["prune", "reuse"]
+    assert options["mode"] == ["reuse", "prune"]
     assert options["spacing"] == ["auto", "steps", "sigma"]
     assert options["metric"] == ["influence", "attention", "similarity", "random"]
     assert options["profile"][0] == "auto" and len(options["profile"]) >= 3

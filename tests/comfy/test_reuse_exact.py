@@ -1,5 +1,7 @@
 """The mode "reuse" against the unpatched model and against its own oracle, for every family."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from oracle import FLOAT_ERROR
@@ -38,9 +40,24 @@ def test_reusing_equals_replacing_keys_and_values(family, method):
 
 
 @by_family
-def test_keeping_every_token(family):
+@pytest.mark.parametrize("forecast", [True, False])
+def test_keeping_every_token(family, forecast):
     positive, start = conditioning(family, [latent(family)]), empty(family)
-    compare_reuse(family, shared(family), positive, latent=start, inputs={"tau": 1.0, "update_interval": 2})
+    inputs = {"tau": 1.0, "update_interval": 2, "forecast": forecast}
+    compare_reuse(family, shared(family), positive, latent=start, inputs=inputs)
+
+
+def test_a_forecast_changes_what_is_reused():
+    """Of tokens that were kept at both anchors; one that is new has no past."""
+    positive, start = conditioning(FLUX1, [latent(FLUX1), latent(FLUX1, 12, 20, seed=1)]), empty(FLUX1)
+    images = {}
+    for forecast in (True, False):
+        inputs = {"tau": 0.7, "update_interval": 3, "forecast": forecast}
+        images[forecast], trace = compare_reuse(FLUX1, shared(FLUX1), positive, inputs=inputs, latent=start, steps=12)
+        assert last_run(trace).forecast == forecast
+    kept = [anchor.kept for anchor in last_run(trace).anchors]
+    assert any((later & ~earlier).any() for earlier, later in pairwise(kept))
+    assert difference(images[True], images[False]) > FLOAT_ERROR
 
 
 @by_family

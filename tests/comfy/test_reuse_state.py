@@ -39,17 +39,22 @@ def caches_alive() -> int:
     return sum(isinstance(thing, kind) and bool(thing.entries) for thing in gc.get_objects())
 
 
+@pytest.mark.parametrize("forecast", [True, False])
 @pytest.mark.parametrize("family", [FLUX1, QWEN], ids=lambda f: f.name)
-def test_the_record_says_what_the_cache_took(family):
-    """Two conds of one image each: keys and values of every layer, of all tokens at the anchor, in float32."""
+def test_the_record_says_what_the_cache_took(family, forecast):
+    """Two conds of one image each: keys and values of every layer, of all tokens at the anchor, in float32.
+
+    At the second anchor as much again, for what changed.
+    """
     positive, negative = (conditioning(family, [latent(family)], seed=seed) for seed in (0, 1))
-    patched, trace = patch(shared(family), **layer_inputs(family), **REUSE)
+    patched, trace = patch(shared(family), **layer_inputs(family), **REUSE, forecast=forecast)
     image = sample(patched, positive, negative, cfg=2.0, latent=empty(family))
     run = last_run(trace)
-    assert run.cache_bytes == 2 * (2 * family.depth * 64 * HIDDEN * 4)
+    assert run.cache_bytes == (2 if forecast else 1) * 2 * (2 * family.depth * 64 * HIDDEN * 4)
     assert f"{run.cache_bytes / 1e6:.0f} MB of keys and values" in run.summary()
     report = run_node("ToPiReport", trace=trace, latent={"samples": image})[0]
     assert f"The kept keys and values took {run.cache_bytes / 1e6:,.1f} MB" in report and "reused step" in report
+    assert ("from the second anchor on they were forecast" in report) == forecast
 
 
 def test_nothing_is_left_after_a_run():
@@ -87,11 +92,27 @@ def test_without_room_the_run_goes_on_in_full_and_says_so(monkeypatch, caplog):
     assert said == ["ToPi: no room for 0.0 GB of keys and values, so this run goes on in full"]
 
 
-def test_in_host_memory_it_is_the_same(monkeypatch):
+def test_without_room_for_a_forecast_there_is_none_and_the_log_says_so(monkeypatch, caplog):
     positive, start = conditioning(FLUX1, [latent(FLUX1)]), empty(FLUX1)
-    patched, _ = patch(shared(FLUX1), **layer_inputs(FLUX1), **REUSE)
+    plain, _ = patch(shared(FLUX1), **layer_inputs(FLUX1), **REUSE, forecast=False)
+    expected = sample(plain, positive, latent=start, steps=8)
+    patched, trace = patch(shared(FLUX1), **layer_inputs(FLUX1), **REUSE)
+    size = 2 * FLUX1.depth * 64 * HIDDEN * 4
+    room = {size: "device", 2 * size: "host"}
+    monkeypatch.setattr(reuse_module("nodes.caches"), "room_for", lambda size, device: room[size])
+    caplog.clear()
+    assert torch.equal(sample(patched, positive, latent=start, steps=8), expected)
+    assert not last_run(trace).forecast
+    said = [r.getMessage() for r in caplog.records if "no room" in r.getMessage()]
+    assert said == ["ToPi: no room for 0.0 GB more, so keys and values are reused as they were instead of forecast"]
+
+
+def test_in_host_memory_it_is_the_same_and_nothing_is_forecast(monkeypatch):
+    positive, start = conditioning(FLUX1, [latent(FLUX1)]), empty(FLUX1)
+    patched, _ = patch(shared(FLUX1), **layer_inputs(FLUX1), **REUSE, forecast=False)
     expected = sample(patched, positive, latent=start)
-    monkeypatch.setattr(reuse_module("nodes.run"), "room_for", lambda size, device: "host")
+    patched, _ = patch(shared(FLUX1), **layer_inputs(FLUX1), **REUSE)
+    monkeypatch.setattr(reuse_module("nodes.caches"), "room_for", lambda size, device: "host")
     assert torch.equal(sample(patched, positive, latent=start), expected)
 
 
@@ -110,19 +131,23 @@ def test_room_is_on_the_device_then_on_the_host_then_nowhere(monkeypatch):
 
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("cache", ["EasyCache", "LazyCache"])
-def test_caches_that_skip_steps(cache, order):
-    """An anchor among the skipped steps happens at the next one that is computed."""
-    family = FLUX1
+@pytest.mark.parametrize(("tau", "forecast"), [(0.75, False), (1.0, True)])
+def test_caches_that_skip_steps(cache, order, tau, forecast):
+    """An anchor among the skipped steps happens at the next one that is computed.
+
+    The oracle does not see skipped steps, so it cannot know whether a choice was made that none of them used.
+    """
+    family, inputs = FLUX1, {"tau": tau, "update_interval": 3, "forecast": forecast}
     positive, negative = conditioning(family, [latent(family)]), conditioning(family, [latent(family)], seed=1)
     sampling = dict(latent=empty(family), cfg=1.5, steps=16)
     model = shared(family)
     if order == "before":
         model = run_node(cache, model=model, **CACHE)[0]
-    patched, trace = patch(model, **REUSE, spacing="steps", **layer_inputs(family))
+    patched, trace = patch(model, mode="reuse", **inputs, spacing="steps", **layer_inputs(family))
     if order == "after":
         patched = run_node(cache, model=patched, **CACHE)[0]
     image = sample(patched, positive, negative, **sampling)
-    oracle = ReuseOracle(family, tau=0.75, update_interval=3)
+    oracle = ReuseOracle(family, **inputs)
     expected = oracle.attach(run_node(cache, model=shared(family), **CACHE)[0])
     assert difference(image, sample(expected, positive, negative, **sampling)) < FLOAT_ERROR
     assert "reused" in kinds(trace) and last_run(trace).anchors

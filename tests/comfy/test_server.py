@@ -11,9 +11,9 @@ from topi_demo.workflow import to_prompt
 
 # DESIGN's table: what saved workflows rely on
 PATCH_DEFAULTS = {
-    "tau": 0.85, "update_interval": 10, "mode": "prune", "profile": "auto", "layers": "", "front_layers": -1,
+    "tau": 1.0, "update_interval": 5, "mode": "reuse", "profile": "auto", "layers": "", "front_layers": -1,
     "first_anchor": 0, "start_percent": 0.0, "end_percent": 1.0, "min_keep": 0.0, "max_keep": 1.0,
-    "metric": "influence", "spacing": "auto",
+    "metric": "influence", "spacing": "auto", "forecast": True,
 }  # fmt: skip
 
 

@@ -1,10 +1,13 @@
 """Kept tokens land on the pixels that they came from."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from topi_core.layout import Layout
-from topi_core.overlay import GOLD, Geometry, draw, kept_of
+from topi_core.overlay import FAINT, GOLD, Geometry, draw, kept_of, weight_of
+from topi_core.select import select
 from topi_core.trace import Anchor, Bits
 
 
@@ -21,7 +24,7 @@ def test_each_pixel_by_hand(size, patch, cell_pixels):
     grid = -(-rows // patch), -(-columns // patch)
     assert place.grid == grid
     kept = torch.rand(grid[0] * grid[1], generator=torch.Generator().manual_seed(0)) < 0.5
-    mask = place.mask(kept, size)
+    mask = place.spread(kept, size)
     assert mask.shape == size
     for y in range(size[0]):
         for x in range(size[1]):
@@ -33,8 +36,8 @@ def test_each_pixel_by_hand(size, patch, cell_pixels):
 def test_an_image_of_another_size_counts_in_proportion():
     place = Geometry(cells=(16, 21), patch=2, cell_pixels=8)
     kept = torch.rand(8 * 11, generator=torch.Generator().manual_seed(0)) < 0.5
-    small = place.mask(kept, (128, 168))
-    assert torch.equal(place.mask(kept, (384, 504)), small.repeat_interleave(3, 0).repeat_interleave(3, 1))
+    small = place.spread(kept, (128, 168))
+    assert torch.equal(place.spread(kept, (384, 504)), small.repeat_interleave(3, 0).repeat_interleave(3, 1))
 
 
 @pytest.mark.parametrize(("image", "fits"), [
@@ -56,6 +59,18 @@ def test_references_have_their_own_tokens():
 def test_drawing_tints_and_dims():
     picture, mask = torch.full((1, 1, 2, 3), 0.5), torch.tensor([[[1.0, 0.0]]])
     gold, dim = draw(picture, mask, 1.0)[0, 0]
-    torch.testing.assert_close(gold, (torch.tensor(GOLD) + 0.5) / 2)
+    torch.testing.assert_close(gold, torch.tensor(GOLD) * 0.7 + 0.5 * 0.3)
     assert dim.tolist() == [0, 0, 0]
+    paler = draw(picture, mask / 2, 1.0)[0, 0, 0]
+    torch.testing.assert_close(paler, torch.tensor(GOLD) * 0.35 + 0.5 * 0.65)
     assert torch.equal(draw(picture, mask, 0.0), picture)
+
+
+def test_a_kept_token_is_drawn_by_its_rank_and_a_dropped_one_not_at_all():
+    layout = Layout(0, (1, 1), ((1, 4), (1, 1)))
+    influence = torch.tensor([[3.0, 0.0, 9.0, 1.0, 2.0]])
+    selection = select(influence, tau=0.9)
+    anchor = Anchor(0, 1.0, layout, (), Bits.of(selection.mask()), ranks=selection.ranks())
+    assert anchor.ranks.tolist() == [[191, 0, 255, 64, 128]]
+    torch.testing.assert_close(weight_of(anchor, 0)[0], torch.tensor([FAINT + (1 - FAINT) * 191 / 255, 0, 1, 0]))
+    assert weight_of(replace(anchor, ranks=None), 0).tolist() == [[1, 0, 1, 0]]

@@ -44,7 +44,7 @@ def test_layout_slices_follow_one_another():
         (dict(min_keep=0.6, max_keep=0.5), "min_keep must not be above max_keep, got 0.6 and 0.5"),
         (dict(start_percent=0.6, end_percent=0.5), "start_percent must not be above"),
         (dict(metric="magic"), "metric must be one of influence, attention, similarity, random, got 'magic'"),
-        (dict(mode="merge"), "mode must be one of prune, reuse, got 'merge'"),
+        (dict(mode="merge"), "mode must be one of reuse, prune, got 'merge'"),
     ],
 )
 def test_settings_refuse_what_is_wrong(wrong, sentence):

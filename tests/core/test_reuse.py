@@ -6,9 +6,11 @@ import torch
 from topi_core.config import Settings
 from topi_core.cost import layer_flops, speedup
 from topi_core.layout import Layout
-from topi_core.reuse import ContextCache, cache_bytes, extend, extend_mask
+from topi_core.reuse import ContextCache, cache_bytes, extend, extend_mask, forecast_weight
 from topi_core.schedule import Schedule
 from topi_core.trace import Anchor, Bits, Run, Step
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -18,31 +20,31 @@ def pair():
 
 
 def test_a_cache_holds_copies(pair):
-    cache = ContextCache()
+    cache = ContextCache(0, 1.0)
     cache.put((0, 0), *pair)
     expected = [x.clone() for x in pair]
     for x in pair:
         x.zero_()
-    assert all(map(torch.equal, cache.get((0, 0), torch.device("cpu")), expected))
+    assert all(map(torch.equal, cache.get((0, 0), CPU, 1.0), expected))
 
 
 def test_shrinking_keeps_each_images_own_tokens(pair):
-    cache = ContextCache()
+    cache = ContextCache(0, 1.0)
     cache.put((0, 0), *pair)
     cache.put((0, 1), *(x.transpose(1, 2).flatten(2) for x in pair))  # heads that are split later
     kept = torch.tensor([[0, 2, 5], [1, 2, 6]])
     cache.shrink(kept)
-    for heads_first, flat, x in zip(*(cache.get((0, i), torch.device("cpu")) for i in (0, 1)), pair, strict=True):
+    for heads_first, flat, x in zip(*(cache.get((0, i), CPU, 1.0) for i in (0, 1)), pair, strict=True):
         for image, own in enumerate(kept):
             assert torch.equal(heads_first[image], x[image][:, own])
             assert torch.equal(flat[image], x[image][:, own].transpose(0, 1).flatten(1))
 
 
 def test_keeping_every_token_changes_nothing(pair):
-    cache = ContextCache()
+    cache = ContextCache(0, 1.0)
     cache.put((0, 0), *pair)
     cache.shrink(torch.arange(7).expand(2, 7))
-    assert all(map(torch.equal, cache.get((0, 0), torch.device("cpu")), pair))
+    assert all(map(torch.equal, cache.get((0, 0), CPU, 1.0), pair))
     assert cache.nbytes == sum(x.nbytes for x in pair) == cache_bytes(1, 7, 12, 4, 2)
 
 
@@ -63,9 +65,45 @@ def test_what_is_reused_is_hidden_by_no_mask():
 
 
 def test_offloaded_to_the_host_it_is_the_same(pair):
-    cache = ContextCache(offload=True)
+    cache = ContextCache(0, 1.0, offload=True)
     cache.put((0, 0), *pair)
-    assert all(map(torch.equal, cache.get((0, 0), torch.device("cpu")), pair))
+    assert all(map(torch.equal, cache.get((0, 0), CPU, 1.0), pair))
+
+
+def test_a_forecast_follows_the_straight_line_through_two_anchors_no_further_than_it_is_long(pair):
+    """x(sigma) = x(1) + (1 - sigma) slope, known at 1 and at 0.75."""
+    slopes = [torch.randn_like(x) for x in pair]
+
+    def at(sigma):
+        return [x + (1 - sigma) * slope for x, slope in zip(pair, slopes, strict=True)]
+
+    first = ContextCache(0, 1.0)
+    first.put((0, 0), *at(1.0))
+    second = ContextCache(5, 0.75, before=first)
+    second.put((0, 0), *at(0.75))
+    assert not first.entries and second.nbytes == 2 * sum(x.nbytes for x in pair)
+    for sigma, reached in ((0.75, 0.75), (0.6, 0.6), (0.5, 0.5), (0.1, 0.5), (0.9, 0.75)):
+        for got, expected in zip(second.get((0, 0), CPU, sigma), at(reached), strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+def test_a_forecast_leaves_tokens_without_a_past_as_they_are(pair):
+    first = ContextCache(0, 1.0)
+    first.put((0, 0), *(torch.zeros_like(x) for x in pair))
+    first.shrink(torch.tensor([[0, 2, 5], [1, 2, 6]]))
+    second = ContextCache(5, 0.75, before=first)
+    second.put((0, 0), *pair)
+    second.shrink(torch.tensor([[2, 3], [0, 6]]))
+    for got, x in zip(second.get((0, 0), CPU, 0.5), pair, strict=True):
+        assert torch.equal(got[0], torch.stack((2 * x[0, :, 2], x[0, :, 3]), 1))
+        assert torch.equal(got[1], torch.stack((x[1, :, 0], 2 * x[1, :, 6]), 1))
+
+
+def test_how_far_a_forecast_goes():
+    assert forecast_weight(-0.1, -0.2) == 0.5
+    assert forecast_weight(-0.5, -0.2) == 1
+    assert forecast_weight(0.1, -0.2) == 0
+    assert forecast_weight(-0.1, 0.0) == 0  # two anchors at one and the same sigma
 
 
 LINEAR = tuple(1 - i / 20 for i in range(21))
