@@ -12,7 +12,6 @@ import argparse
 import asyncio
 import json
 import time
-from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
 
@@ -26,7 +25,7 @@ from topi_demo.evaluate import edit, held_out
 from topi_demo.record import setting
 from topi_demo.runtime import use_comfyui
 
-from .scenarios import SCENARIOS, SHORT, Scenario
+from .scenarios import CORE, SCENARIOS, SHORT, Scenario
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "fidelity.jsonl"
@@ -48,20 +47,23 @@ def measure(scenarios: tuple[Scenario, ...], count: int, done: set[tuple]):
 
     node = nodes.NODE_CLASS_MAPPINGS
     model, clip, vae = node["ToPiDemoModel"].execute().result
-    where = setting()
+    half = model.clone()
+    half.set_model_compute_dtype(torch.bfloat16)
+    models, where = {"float32": model, "bfloat16": half}, setting()
     for kind, number in kinds(count).items():
         todo = [s for s in scenarios if (s.key, kind, number, where["weights"]) not in done]
         if not todo:
             continue
         batch = held_out(kind, number)
         coded = codec.decode(codec.encode(batch.expected))
-        full = {steps: edit((model, clip, vae), batch, SEED, steps) for steps in {s.steps for s in todo}}
+        wanted = {(s.dtype, s.steps) for s in todo}
+        fulls = {(d, steps): edit((models[d], clip, vae), batch, SEED, steps) for d, steps in wanted}
         for s in todo:
             started = time.monotonic()
-            base = model
+            base, full = models[s.dtype], fulls[s.dtype, s.steps]
             if s.easycache is not None:
-                base = easycache.EasyCacheNode.execute(model, s.easycache, 0.15, 0.95, False).result[0]
-            inputs = {"tau": 0.85, "update_interval": 10, "mode": "prune", "profile": "auto"} | s.inputs
+                base = easycache.EasyCacheNode.execute(base, s.easycache, 0.15, 0.95, False).result[0]
+            inputs = {"tau": 1.0, "profile": "auto"} | s.inputs
             patched, trace = node["ToPiPatch"].execute(base, **inputs).result
             image = edit((patched, clip, vae), batch, SEED, s.steps)
             run = trace.runs[-1]
@@ -71,15 +73,16 @@ def measure(scenarios: tuple[Scenario, ...], count: int, done: set[tuple]):
                 "scenario": s.key,
                 "inputs": inputs,
                 "easycache": s.easycache,
+                "dtype": s.dtype,
                 "steps": s.steps,
                 "kind": kind,
                 "group": GRAMMAR[kind][0],
                 "edits": number,
                 "references": len(batch.references),
-                "psnr": psnr(image, full[s.steps]).clamp(max=100).tolist(),
-                "ssim": ssim(image, full[s.steps]).tolist(),
+                "psnr": psnr(image, full).clamp(max=100).tolist(),
+                "ssim": ssim(image, full).tolist(),
                 "psnr_to_expected": psnr(image, coded).tolist(),
-                "psnr_of_full_to_expected": psnr(full[s.steps], coded).tolist(),
+                "psnr_of_full_to_expected": psnr(full, coded).tolist(),
                 "kept": fmean(anchor.share for anchor in run.anchors),
                 "anchors": [anchor.step for anchor in run.anchors],
                 "predicted": cost.speedup(run) * s.steps / computed,
@@ -90,12 +93,16 @@ def measure(scenarios: tuple[Scenario, ...], count: int, done: set[tuple]):
 
 def table(rows: list[dict], name: str) -> list[str]:
     """One table in Markdown: dB and SSIM to the full run by group, with what was kept and the predicted speed-up."""
-    by_scenario = defaultdict(list)
-    for row in rows:
-        if row["scenario"].startswith(name + ": "):
-            by_scenario[row["scenario"].removeprefix(name + ": ")].append(row)
+    by_scenario = {
+        s.name: of for s in SCENARIOS if s.table == name and (of := [r for r in rows if r["scenario"] == s.key])
+    }
     present = [g for g in GROUPS if any(row["group"] == g for of in by_scenario.values() for row in of)]
-    lines = [f"| {name} | " + " | ".join(present) + " | all | kept | cost model |", "|---" * (len(present) + 4) + "|"]
+    most, least = (f([sum(r["edits"] for r in of) for of in by_scenario.values()]) for f in (max, min))
+    edits = f"{least} edits" if most == least else f"{least} to {most} edits"
+    lines = [
+        f"| {name}; {edits} | " + " | ".join(present) + " | all | kept | cost model |",
+        "|---" * (len(present) + 4) + "|",
+    ]
     for scenario, of in by_scenario.items():
         cells = [_near([row for row in of if row["group"] == group]) for group in present]
         groups = [[row for row in of if row["group"] == group] for group in present]
@@ -105,13 +112,23 @@ def table(rows: list[dict], name: str) -> list[str]:
     return lines
 
 
+def best(rows: list[dict]) -> list[dict]:
+    """Of rows of one scenario and kind of edit, the one of the most edits, and the newest of these."""
+    found: dict[tuple, dict] = {}
+    for row in rows:
+        key = row["scenario"], row["kind"]
+        if key not in found or row["edits"] >= found[key]["edits"]:
+            found[key] = row
+    return list(found.values())
+
+
 def _near(rows: list[dict]) -> str:
     values = [[v for row in rows for v in row[key]] for key in ("psnr", "ssim")]
     return f"{fmean(values[0]):.1f}, {fmean(values[1]):.3f}" if values[0] else ""
 
 
 def markdown(rows: list[dict]) -> str:
-    names = dict.fromkeys(s.table for s in SCENARIOS)
+    rows, names = best(rows), dict.fromkeys(s.table for s in SCENARIOS)
     present = [name for name in names if any(row["scenario"].startswith(name + ": ") for row in rows)]
     return "\n\n".join("\n".join(table(rows, name)) for name in present)
 
@@ -123,13 +140,16 @@ def read(path: Path) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.fidelity", description=__doc__.splitlines()[0])
     parser.add_argument("-n", type=int, default=64, help="held-out edits of each group")
-    parser.add_argument("--short", action="store_true", help="a few scenarios only")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--short", action="store_true", help="a few scenarios only")
+    which.add_argument("--core", action="store_true", help="those of the README's table and plot")
     parser.add_argument("--only", metavar="WORDS", help="scenarios whose name holds these words")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="only print the tables of the results that are there")
     args = parser.parse_args()
     if not args.table:
-        chosen = tuple(s for s in (SHORT if args.short else SCENARIOS) if not args.only or args.only in s.key)
+        some = SHORT if args.short else CORE if args.core else SCENARIOS
+        chosen = tuple(s for s in some if not args.only or args.only in s.key)
         done = {(row["scenario"], row["kind"], row["edits"], row["weights"]) for row in read(args.out)}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         with torch.inference_mode(), args.out.open("a", encoding="utf-8") as file:

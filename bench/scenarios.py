@@ -10,7 +10,10 @@ DEPTH = 12  # layers of the demo model
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """ToPi Patch with these inputs, `easycache` with ComfyUI's EasyCache before it."""
+    """ToPi Patch with these inputs, `easycache` with ComfyUI's EasyCache before it.
+
+    That one needs a model in half precision: in float32 ComfyUI 0.30.0 changes the sampler's latent in place.
+    """
 
     table: str
     name: str
@@ -21,6 +24,10 @@ class Scenario:
     @property
     def key(self) -> str:
         return f"{self.table}: {self.name}"
+
+    @property
+    def dtype(self) -> str:
+        return "float32" if self.easycache is None else "bfloat16"
 
 
 HALF = {"min_keep": 0.5, "max_keep": 0.5}
@@ -35,16 +42,43 @@ def _table(table: str, common: dict, variants: dict[str, dict], **more) -> list[
     return [Scenario(table=table, name=name, inputs=common | own, **more) for name, own in variants.items()]
 
 
-REUSE = {"mode": "reuse", "update_interval": 4}
+def _anchors(interval: int) -> str:
+    count = -(-20 // interval)
+    return f"{count} anchor{'s'[: count > 1]}"
 
-SCENARIOS: tuple[Scenario, ...] = (
-    *_table("tau (Table 1, Figure 10)", {}, {f"tau {t:g}": {"tau": t} for t in (0.95, 0.9, 0.85, 0.8, 0.7, 0.5)}),
+
+PRUNE = {"mode": "prune", "tau": 0.85, "update_interval": 10}
+REUSE = {"mode": "reuse", "tau": 1.0, "update_interval": 5}
+EVERY_STEP = {"mode": "reuse", "update_interval": 1}
+"""An anchor at every step is the unpatched model bit by bit, and its trace tells which steps a cache skipped."""
+
+CORE: tuple[Scenario, ...] = (
+    *_table("prune: tau (Table 1, Figure 10)", PRUNE, {f"tau {t:g}": {"tau": t} for t in (0.95, 0.9, 0.85, 0.7, 0.5)}),
     *_table(
-        "metric, half kept (Table 3)", HALF,
+        "prune: metric, half kept (Table 3)", PRUNE | HALF,
         {m: {"metric": m} for m in ("influence", "attention", "similarity", "random")},
     ),
+    *_table("reuse: anchors", REUSE, {_anchors(i): {"update_interval": i} for i in (20, 10, 7, 5, 4, 3)}),
     *_table(
-        "layers, half kept (Tables 2 and 5)", HALF,
+        "reuse: without the forecast", REUSE | {"forecast": False},
+        {_anchors(i): {"update_interval": i} for i in (10, 5, 3)},
+    ),
+    *(
+        scenario
+        for t in (0.05, 0.1, 0.2)
+        for scenario in _table(
+            "with EasyCache, bfloat16", {},
+            {f"EasyCache {t:g} alone": EVERY_STEP, f"EasyCache {t:g}, prune": PRUNE, f"EasyCache {t:g}, reuse": REUSE},
+            easycache=t,
+        )
+    ),
+)  # fmt: skip
+"""What the README's table and plot are made of."""
+
+SCENARIOS: tuple[Scenario, ...] = (
+    *CORE,
+    *_table(
+        "prune: layers, half kept (Tables 2 and 5)", PRUNE | HALF,
         {
             "calibrated": {},
             "random": _layers(*sorted(random.Random(0).sample(range(DEPTH), 3))),
@@ -54,24 +88,22 @@ SCENARIOS: tuple[Scenario, ...] = (
         },
     ),
     *_table(
-        "update, half kept (Figure 11)", HALF,
+        "prune: update, half kept (Figure 11)", PRUNE | HALF,
         {"static": {"update_interval": 20}} | {f"every {i}": {"update_interval": i} for i in (10, 5, 3)},
     ),
-    *_table("first anchor, half kept", HALF, {f"step {i}": {"first_anchor": i} for i in (0, 2, 4, 6)}),
-    *_table("front layers, half kept", HALF, {f"{i} exempt": {"front_layers": i} for i in (0, 1, 2, 4, 6)}),
+    *_table("prune: first anchor, half kept", PRUNE | HALF, {f"step {i}": {"first_anchor": i} for i in (0, 2, 4, 6)}),
+    *_table("prune: front layers, half kept", PRUNE | HALF, {f"{i} exempt": {"front_layers": i} for i in (0, 1, 2, 4)}),
     *_table(
-        "reuse: spacing of 5 anchors", REUSE | {"tau": 1.0},
-        {"sigma": {}, "steps": {"spacing": "steps"}},
+        "reuse: tau, 4 anchors", REUSE,
+        {f"tau {t:g}": {"tau": t} for t in (0.99, 0.95, 0.85, 0.7)},
     ),
     *_table(
-        "reuse: anchors, all kept", {"mode": "reuse", "tau": 1.0},
-        {f"{-(-20 // i)} anchors": {"update_interval": i} for i in (20, 10, 7, 5, 4, 3, 2)},
-    ),
-    *_table("reuse: tau, 5 anchors", REUSE, {f"tau {t:g}": {"tau": t} for t in (0.95, 0.85, 0.7, 0.5)}),
-    *_table(
-        "reuse: metric, half kept, 5 anchors", REUSE | HALF,
+        "reuse: metric, half kept, 4 anchors", REUSE | HALF,
         {m: {"metric": m} for m in ("influence", "attention", "random")},
     ),
-    *_table("with EasyCache", {}, {"prune, tau 0.85": {}, "reuse, 5 anchors": REUSE | {"tau": 1.0}}, easycache=0.2),
+    *_table("reuse: spacing of 4 anchors", REUSE, {s: {"spacing": s} for s in ("sigma", "steps")}),
+    *_table(
+        "reuse: 8 steps", REUSE, {_anchors(i * 20 // 8): {"update_interval": i} for i in (8, 4, 3)}, steps=8,
+    ),
 )  # fmt: skip
-SHORT = tuple(s for s in SCENARIOS if s.name in ("tau 0.85", "random", "influence", "sigma"))
+SHORT = tuple(s for s in CORE if s.name in ("tau 0.85", "influence", "random", "4 anchors"))

@@ -147,7 +147,11 @@ def _change(new: Tensor, old: Tensor, kept: Tensor | None) -> Tensor:
 def _to_host(x: Tensor) -> Tensor:
     if x.device.type != "cuda":
         return x.to("cpu", copy=True)
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+    try:
+        pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    except RuntimeError:  # a system lets only a part of its memory be pinned; what is not is copied more slowly
+        return x.to("cpu", copy=True)
+    return pinned.copy_(x, non_blocking=True)
 
 
 class _Transfer:

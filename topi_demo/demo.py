@@ -139,23 +139,27 @@ def edit(server: Server, nodes: dict, workflow: dict, seed: int, instruction: st
     )
 
 
-def table(outcomes: list[Outcome]) -> str:
+def table(rows: list[dict]) -> str:
     """Markdown: a line for each edit and each way."""
     head = ("edit", "mode", "kept, by anchor", "a full step", "a shorter step", "whole run", "cost model",
             "to the full edit", "full edit to expected", "ToPi to expected")  # fmt: skip
-    rows = [head]
-    for o in outcomes:
-        for name, e in o.topi.items():
-            near = [_pair(psnr, *pair) for pair in ((e.image, o.full), (o.full, o.expected), (e.image, o.expected))]
-            rows.append((
-                o.instruction, name, ", ".join(f"{share:.0%}" for share in e.shares),
-                f"{1000 * o.full_step:.0f} ms", f"{1000 * e.step:.0f} ms",
-                f"{o.full_run / e.run:.2f}x", f"{e.predicted:.2f}x",
-                f"{near[0]:.1f} dB, SSIM {_pair(ssim, e.image, o.full):.3f}", f"{near[1]:.1f} dB", f"{near[2]:.1f} dB",
-            ))  # fmt: skip
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+    lines = [head]
+    for row in rows:
+        seconds, ratio, expected = row["seconds"], row["speedup"], row["psnr_to_expected"]
+        lines.append((
+            row["instruction"], row["mode"], _shares(row["shares"]),
+            f"{1000 * seconds['full step']:.0f} ms", f"{1000 * seconds['shorter step']:.0f} ms",
+            f"{ratio['run']:.2f}x", f"{ratio['predicted']:.2f}x",
+            f"{row['psnr_to_full']:.1f} dB, SSIM {row['ssim_to_full']:.3f}",
+            f"{expected['full']:.1f} dB", f"{expected['topi']:.1f} dB",
+        ))  # fmt: skip
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    made = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines]
+    return "\n".join([made[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *made[1:]])
+
+
+def _shares(shares: list[float]) -> str:
+    return "all" if min(shares) == 1 else ", ".join(f"{share:.0%}" for share in shares)
 
 
 def rows(o: Outcome) -> list[dict]:
@@ -250,10 +254,10 @@ def main() -> int:
     strip(outcomes[0].topi["prune"]).save(args.out / "overlay.png")
     _image(outcomes[0].topi["prune"].plot).save(args.out / "plot.png")
     calibration.chart(calibration.shipped()).save(args.out / "calibration.png")
-    text = table(outcomes)
-    where = setting()
+    where, measured = setting(), [row for o in outcomes for row in rows(o)]
+    text = table(measured)
     with (args.out / "demo.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row | where) + "\n" for o in outcomes for row in rows(o))
+        file.writelines(json.dumps(row | where) + "\n" for row in measured)
     (args.out / "demo.txt").write_text(text + "\n", encoding="utf-8")
     print(
         f"\n{text}\n\nThe picture is {args.out / 'demo.png'}; overlay.png and plot.png show the run of its first row, "

@@ -92,11 +92,12 @@ def random_edit(rng: random.Random, kind: str) -> Edit:
 
 @dataclass(frozen=True)
 class Example:
-    """Reference images and the image that the instruction asks for, each [3, S, S] in 0..1."""
+    """Reference images and the image that the instruction asks for, [3, S, S] in 0..1, and the former's scenes."""
 
     edit: Edit
     references: tuple[Tensor, ...]
     expected: Tensor
+    scenes: tuple[Scene, ...]
 
 
 def example(rng: random.Random, edit: Edit, size: int) -> Example:
@@ -108,7 +109,7 @@ def example(rng: random.Random, edit: Edit, size: int) -> Example:
             break
     images = tuple(draw(scene, size) for scene in scenes)
     expected = after(images[0]) if callable(after) else draw(after, size)
-    return Example(edit, images, expected)
+    return Example(edit, images, expected, tuple(scenes))
 
 
 def caption(scene: Scene) -> str:

@@ -152,6 +152,15 @@ def draw(scene: Scene, size: int) -> Tensor:
     return image.clamp(0, 1)
 
 
+def coverage(o: Object, grid: int, fine: int = 4) -> Tensor:
+    """The share of each cell of a grid over the (not zoomed) image that the shape covers, by `fine` squared samples."""
+    axis = (torch.arange(grid * fine) + 0.5) / (grid * fine)
+    inside = _distance(
+        o.shape, (axis - o.x).expand(len(axis), -1), (axis - o.y)[:, None].expand(-1, len(axis)), o.radius
+    )
+    return torch.nn.functional.avg_pool2d((inside < 0).float()[None], fine)[0]
+
+
 def _span(low: float, high: float, axis: Tensor) -> tuple[int, int]:
     inside = ((axis >= low) & (axis <= high)).nonzero()
     return (0, 0) if len(inside) == 0 else (int(inside[0]), int(inside[-1]) + 1)

@@ -1,7 +1,9 @@
 """Trains the demo model from scratch: `python -m topi_demo.train` (resumes where it was interrupted).
 
 Rectified flow on the codec's latents, jointly on text-to-image and on editing with one to three references:
-trained on editing alone, a model copies every reference token and nothing about it is redundant.
+trained on editing alone, a model copies every reference token and nothing about it is redundant. Beside it, a small
+head that is thrown away asks the references' hidden states which shape they are of, and whether the instruction names
+it: without that, 7,000 steps later "make the circle red" still painted everything red.
 Needs ComfyUI on the path (`make train` sees to that); runs on two CPU cores, or on a GPU where there is one.
 """
 
@@ -14,16 +16,17 @@ import random
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import codec, edits, text
 from .model import ARCHITECTURE, RANK, SHIFT, WEIGHTS, new_model, restore, storable
-from .scenes import draw, random_scene
+from .scenes import SHAPES, coverage, draw, random_scene
 
 # Share of the batches by what they hold: (references, side in pixels, batch relative to the 128 pixel one) -> weight.
 # These are the last stage's, for edits that must find an object by its name; the log of each stage is in weights/.
@@ -42,18 +45,33 @@ KINDS = {
 }  # fmt: skip
 LOCAL_WEIGHT = 8.0  # how much more a latent cell counts where a local edit changes it
 DROP_TEXT = 0.05
+HINT_LAYER = 2  # the single block whose output the head reads
+HINT_WEIGHT = 0.1
+COVERED = 0.3  # a token is of a shape that covers as much of it
 # Which object an edit means is decided while the picture is still noise: later, the noisy target itself shows it.
 EARLY_SHARE, EARLY = 0.4, 0.7  # so this share of the edits is seen at times from here to 1
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Latents [B, 16, h, w], their references, tokens [B, X] and the weight of every cell [B, 1, h, w]."""
+    """Latents [B, 16, h, w], their references, tokens [B, X] and the weight of every cell [B, 1, h, w].
+
+    Of the references' tokens [B, C]: the number of the shape they are of, 0 for none, and whether it is named, which is
+    -1 where no shape is.
+    """
 
     target: Tensor
     references: tuple[Tensor, ...]
     tokens: Tensor
     weight: Tensor
+    shapes: Tensor
+    named: Tensor
+
+    def to(self, device: str) -> Batch:
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(
+            **{k: tuple(x.to(device) for x in v) if k == "references" else v.to(device) for k, v in moved.items()}
+        )
 
 
 def batches(seed: int, size: int) -> Iterator[Batch]:
@@ -62,20 +80,38 @@ def batches(seed: int, size: int) -> Iterator[Batch]:
     kinds, kind_weights = list(KINDS), list(KINDS.values())
     while True:
         references, side, relative = rng.choices(list(BATCHES), list(BATCHES.values()))[0]
-        rows, images, sentences = max(2, round(size * relative)), [], []
+        rows, images, sentences, hints = max(2, round(size * relative)), [], [], []
         for _ in range(rows):
             if references == 0:
                 scene = random_scene(rng)
                 images.append((draw(scene, side),))
                 sentences.append(edits.caption(scene))
+                hints.append(torch.zeros(2, 0, dtype=torch.long))
                 continue
             kind = {1: rng.choices(kinds, kind_weights)[0], 2: "put", 3: "put two"}[references]
             example = edits.example(rng, edits.random_edit(rng, kind), side)
             images.append((example.expected, *example.references))
-            sentences.append(str(example.edit))
-        tokens = torch.tensor([text.tokenize(s if rng.random() > DROP_TEXT else "") for s in sentences])
+            sentences.append(str(example.edit) if rng.random() > DROP_TEXT else "")
+            hints.append(_hints(example, side // (codec.BLOCK * ARCHITECTURE["patch_size"]), bool(sentences[-1])))
+        tokens = torch.tensor([text.tokenize(s) for s in sentences])
         target, *refs = (codec.encode(torch.stack(column)) for column in zip(*images, strict=True))
-        yield Batch(target, tuple(refs), tokens, _cell_weight(target, refs))
+        shapes, named = torch.stack(hints, 1)
+        yield Batch(target, tuple(refs), tokens, _cell_weight(target, refs), shapes, named)
+
+
+def _hints(example: edits.Example, grid: int, told: bool) -> Tensor:
+    """Shapes and named, as in `Batch`, of one row: [2, C]."""
+    words = example.edit.words
+    first, *donors = range(len(example.scenes))
+    asked = dict(zip(donors or [first], (words.get("shape"), words.get("other")), strict=False))
+    hints = []
+    for number, scene in enumerate(example.scenes):
+        covers = torch.stack([torch.full((grid, grid), COVERED), *(coverage(o, grid) for o in scene.objects)])
+        shape = torch.tensor([0, *(1 + SHAPES.index(o.shape) for o in scene.objects)])[covers.argmax(0)]
+        wanted = 1 + SHAPES.index(asked[number]) if asked.get(number) else -1
+        named = (shape == wanted).long() if told and "shape" in words else torch.full_like(shape, -1)
+        hints.append(torch.stack((shape, named)).flatten(1))
+    return torch.cat(hints, 1)
 
 
 def _cell_weight(target: Tensor, references: list[Tensor]) -> Tensor:
@@ -85,6 +121,30 @@ def _cell_weight(target: Tensor, references: list[Tensor]) -> Tensor:
     local = (changed.mean((1, 2, 3), keepdim=True) < 0.5).float()
     weight = 1 + (LOCAL_WEIGHT - 1) * changed * local
     return weight / weight.mean((1, 2, 3), keepdim=True)
+
+
+class Hint(nn.Module):
+    """Listens to a block, and tells what the references' hidden states should know."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.norm = nn.LayerNorm(ARCHITECTURE["hidden_size"])
+        self.head = nn.Linear(ARCHITECTURE["hidden_size"], 1 + len(SHAPES) + 1)
+        self.heard: Tensor | None = None
+        model.single_blocks[HINT_LAYER].register_forward_hook(lambda block, args, out: setattr(self, "heard", out))
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Cross-entropy of the shapes, and of what is named where something is; background counts for less."""
+        out = self.head(self.norm(self.heard[:, -batch.shapes.shape[1] :].float())).float()
+        background = torch.tensor([0.2] + [1.0] * len(SHAPES), device=out.device)
+        shapes = F.cross_entropy(out[..., :-1].flatten(0, 1), batch.shapes.flatten(), background)
+        told = batch.named.flatten() >= 0
+        if not told.any():
+            return shapes
+        logit, named = out[..., -1].flatten()[told], batch.named.flatten()[told].float()
+        return shapes + F.binary_cross_entropy_with_logits(
+            logit, named, pos_weight=torch.tensor(5.0, device=out.device)
+        )
 
 
 def loss_of(model: nn.Module, words: text.TextEncoder, batch: Batch, generator: torch.Generator) -> Tensor:
@@ -107,11 +167,11 @@ def loss_of(model: nn.Module, words: text.TextEncoder, batch: Batch, generator: 
     return ((out.float() - (noise - batch.target)).square() * channel * batch.weight).mean()
 
 
-def optimizers(model: nn.Module, words: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
+def optimizers(model: nn.Module, words: nn.Module, hint: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for everything else."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "_blocks." in n and n.endswith(".weight")]
     chosen = {id(p) for p in matrices}
-    rest = [p for m in (model, words) for p in m.parameters() if id(p) not in chosen]
+    rest = [p for m in (model, words, hint) for p in m.parameters() if id(p) not in chosen]
     return [
         torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
@@ -166,7 +226,8 @@ def main() -> None:
     nn.init.normal_(words.place.weight, std=0.3)
     if args.init:
         restore(model, words, load_file(args.init))
-    optims = optimizers(model, words, args.lr)
+    hint = Hint(model).to(args.device)
+    optims = optimizers(model, words, hint, args.lr)
     average = Average([model, words], 0.998)
     args.run.mkdir(parents=True, exist_ok=True)
     checkpoint, log = args.run / "checkpoint.pt", args.run / "train.jsonl"
@@ -176,14 +237,15 @@ def main() -> None:
         step, spent = state["step"], state["spent"]
         model.load_state_dict(state["model"])
         words.load_state_dict(state["words"])
+        hint.load_state_dict(state["hint"])
         average.mean = state["mean"]
         for optim, kept in zip(optims, state["optims"], strict=True):
             optim.load_state_dict(kept)
         print(f"resumed at step {step}, {spent / 3600:.2f} h", flush=True)
 
     def save() -> None:
-        state = {"step": step, "spent": spent, "model": model.state_dict(), "words": words.state_dict(),
-                 "mean": average.mean, "optims": [o.state_dict() for o in optims]}  # fmt: skip
+        state = {"step": step, "spent": spent, "mean": average.mean, "optims": [o.state_dict() for o in optims]}
+        state |= {"model": model.state_dict(), "words": words.state_dict(), "hint": hint.state_dict()}
         partial = checkpoint.with_suffix(".partial")
         torch.save(state, partial)
         partial.replace(checkpoint)
@@ -206,7 +268,7 @@ def main() -> None:
     # a resumed run continues with a stream of its own; repeating the first one's scenes would teach nothing new
     stream = batches(args.seed * 1_000_003 + step, args.batch)
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-    total, recent, last = args.hours * 3600, [], time.monotonic()
+    total, recent, hints, last = args.hours * 3600, [], [], time.monotonic()
     stopping: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: stopping.append(number))
@@ -214,12 +276,11 @@ def main() -> None:
         for optim in optims:
             for group in optim.param_groups:
                 group["lr"] = args.lr * rate(spent / total)
-        batch = next(stream)
-        batch = Batch(batch.target.to(args.device), tuple(r.to(args.device) for r in batch.references),
-                      batch.tokens.to(args.device), batch.weight.to(args.device))  # fmt: skip
+        batch = next(stream).to(args.device)
         with torch.autocast(args.device, torch.bfloat16):
             loss = loss_of(model, words, batch, generator)
-        loss.backward()
+        hinted = hint.loss(batch) if batch.references else torch.zeros(())
+        (loss + HINT_WEIGHT * hinted).backward()
         nn.utils.clip_grad_norm_(average.live, 1.0)
         for optim in optims:
             optim.step()
@@ -229,6 +290,7 @@ def main() -> None:
         now = time.monotonic()
         spent, last = spent + now - last, now
         recent.append((len(batch.references), loss.item()))
+        hints.append(hinted.item())
         if not math.isfinite(recent[-1][1]):
             raise RuntimeError(f"the loss is not finite at step {step}")
         if step % 50 == 0:
@@ -239,10 +301,11 @@ def main() -> None:
                 "loss": round(sum(v for _, v in recent) / len(recent), 5),
             }
             row |= {f"loss_{n}_references": round(sum(v) / len(v), 5) for n, v in by_kind.items() if v}
+            row["hint"] = round(sum(hints) / len(hints), 4)
             with log.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(f"{100 * spent / total:5.1f} %  {row}", flush=True)
-            recent = []
+            recent, hints = [], []
         if step % 250 == 0:
             save()
             last = time.monotonic()

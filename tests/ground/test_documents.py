@@ -145,3 +145,8 @@ def test_the_oldest_comfyui_is_named_once_and_for_all():
     assert f".comfyui/{setup.OLDEST_COMFYUI} " in read(ROOT / "Makefile")
     assert f'requires-comfyui = ">={setup.OLDEST_COMFYUI}"' in read(ROOT / "pyproject.toml")
     assert setup.OLDEST_COMFYUI in setup.RELEASES
+
+
+def test_tables_are_those_of_the_measured_rows():
+    checked = subprocess.run([sys.executable, "-m", "bench.pages", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
