@@ -30,7 +30,7 @@ from topi_demo.runtime import use_comfyui
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "speed.jsonl"
 STEP_COUNTS = (4, 8, 20, 40)
-ANCHORS_EVERY = 10
+ANCHORS_EVERY = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +157,7 @@ def measure(w: Workload, model, blocks: tuple[int, int], patch: Callable, repeat
     depth = sum(blocks)
     front = min(a.front, depth // 3)
     common = dict(
-        update_interval=1000, profile="auto", layers=f"{depth // 2}", front_layers=front,
+        update_interval=2, spacing="steps", profile="auto", layers=f"{depth // 2}", front_layers=front,
         min_keep=share, max_keep=share,
     )  # fmt: skip
     ways = {
@@ -178,14 +178,17 @@ def measure(w: Workload, model, blocks: tuple[int, int], patch: Callable, repeat
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         comfy.sample.sample(
-            timed, noise, 3, 3.0 if w.rows == 2 else 1.0, "euler", "simple", *conds, torch.zeros_like(noise),
+            timed, noise, 4, 3.0 if w.rows == 2 else 1.0, "euler", "simple", *conds, torch.zeros_like(noise),
             disable_pbar=True, seed=1,
         )  # fmt: skip
         if device.type == "cuda":
             peak[name] = max(peak[name], torch.cuda.max_memory_allocated(device))
-        per_step = [sum(part) for part in _split(times.seconds, 3)]
-        calls[name]["first"].append(per_step[0])
-        calls[name]["later"] += per_step[1:]
+        steps = [sum(part) for part in _split(times.seconds, 4)]
+        if name in ("prune", "reuse"):  # anchors at 0 and 2; what is reused in the last step is forecast from them
+            calls[name]["anchor"] += steps[::2]
+            calls[name]["later"].append(steps[3])
+        else:
+            calls[name]["later"] += steps[1:]
     seconds = {name: {when: median(values) for when, values in of.items()} for name, of in calls.items()}
     tokens = {
         "text": a.text_tokens,
@@ -224,20 +227,21 @@ def speedups(row: dict, steps: int) -> dict[str, float]:
     anchors = -(-steps // ANCHORS_EVERY)
     result = {}
     for name, of in seconds.items():
-        first = anchors if name in ("prune", "reuse") else 0
-        result[name] = full / (first * of["first"] + (steps - first) * of["later"])
+        whole = anchors if "anchor" in of else 0
+        result[name] = full / (whole * of.get("anchor", 0) + (steps - whole) * of["later"])
     return result
 
 
 def markdown(rows: list[dict]) -> str:
     lines = [
-        "| model | blocks | pixels | references | kept | pruned step | reused step | no references | cut references | "
-        + " | ".join(f"{n} steps" for n in STEP_COUNTS) + " |",
-        "|---" * (9 + len(STEP_COUNTS)) + "|",
+        "| model | blocks | pixels | references | kept | anchor | pruned step | reused step | no references | "
+        "cut references | " + " | ".join(f"{n} steps" for n in STEP_COUNTS) + " |",
+        "|---" * (10 + len(STEP_COUNTS)) + "|",
     ]  # fmt: skip
     for row in rows:
         w, full, model = row["workload"], row["seconds"]["full"]["later"], predicted(row)
-        cells = [
+        cells = [", ".join(f"{row['seconds'][name]['anchor'] / full - 1:+.0%}" for name in ("prune", "reuse"))]
+        cells += [
             f"{full / row['seconds'][name]['later']:.2f}x ({1 / model[name]:.2f}x)"
             for name in ("prune", "reuse", "no references", "cut references")
         ]

@@ -14,8 +14,9 @@ log = logging.getLogger(__name__)
 
 
 class Caches:
-    """Asks for room before it is taken: without any the run goes on in full, without twice as much it does not
-    forecast. Each is said once."""
+    """Asks for room before it is taken. Without any the run goes on in full, without twice as much it does not
+    forecast, and the log says so once.
+    """
 
     def __init__(self, forecast: bool):
         self.forecast = forecast
