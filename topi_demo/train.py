@@ -29,19 +29,18 @@ from .model import ARCHITECTURE, RANK, SHIFT, WEIGHTS, new_model, restore, stora
 from .scenes import SHAPES, coverage, draw, random_scene
 
 # Share of the batches by what they hold: (references, side in pixels, batch relative to the 128 pixel one) -> weight.
-# These are the last stage's, for edits that must find an object by its name; the log of each stage is in weights/.
 BATCHES = {
-    (0, 128, 1.0): 0.10,
-    (1, 128, 1.0): 0.64,
-    (2, 128, 0.65): 0.09,
-    (3, 128, 0.45): 0.13,
+    (0, 128, 1.0): 0.12,
+    (1, 128, 1.0): 0.66,
+    (2, 128, 0.65): 0.08,
+    (3, 128, 0.45): 0.10,
     (0, 256, 0.25): 0.01,
     (1, 256, 0.20): 0.03,
 }
 # Share of the one-reference edits.
 KINDS = {
-    "recolour": 20, "remove": 16, "replace": 14, "move": 18, "background": 4, "night": 1, "invert": 1,
-    "blur": 2, "shift": 4, "zoom": 16, "winter": 1.5, "autumn": 1.5, "keep": 1,
+    "recolour": 14, "remove": 12, "replace": 11, "move": 13, "background": 7, "night": 6, "invert": 7,
+    "blur": 6, "shift": 7, "zoom": 8, "winter": 4, "autumn": 4, "keep": 3,
 }  # fmt: skip
 LOCAL_WEIGHT = 8.0  # how much more a latent cell counts where a local edit changes it
 DROP_TEXT = 0.05
