@@ -7,7 +7,6 @@ against speed is drawn from the same rows.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from statistics import fmean
 
 from topi_demo import demo, evaluate
 
-from . import fidelity, speed
+from . import fidelity
 from .scenarios import CORE, Scenario
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,7 +62,6 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "demo": lambda: demo.table(_rows("demo")),
         "fidelity": lambda: summary(*SOME),
-        "speed": lambda: speed.markdown(_rows("speed")),
         "quality": lambda: _quality(0),
         "attention": lambda: _quality(1),
     },
@@ -75,10 +73,10 @@ def filled(page: str) -> str:
     """A document's text with its tables made anew."""
     text = (ROOT / page).read_text(encoding="utf-8")
     for name, table in TABLES[page].items():
-        parts = re.split(rf"(?<=<!-- {name} -->\n).*?(?=\n<!-- end -->)", text, flags=re.DOTALL)
+        parts = text.split(f"<!-- {name} -->\n")
         if len(parts) != 2:
             raise ValueError(f"{page} must have one place for the table {name!r}, it has {len(parts) - 1}")
-        text = table().join(parts)
+        text = f"{parts[0]}<!-- {name} -->\n{table()}\n<!-- end -->{parts[1].split('<!-- end -->', 1)[1]}"
     return text
 
 
