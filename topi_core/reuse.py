@@ -138,7 +138,7 @@ def _index(kept: Tensor, x: Tensor) -> Tensor:
 
 def _change(new: Tensor, old: Tensor, kept: Tensor | None) -> Tensor:
     """new [I, .., C, D] less the old of the tokens that were kept; none in those that were not."""
-    if new.shape == old.shape:
+    if kept is None or new.shape == old.shape:
         return new - old
     index = _index(kept, new)
     return torch.zeros_like(new).scatter_(-2, index, new.gather(-2, index) - old)
