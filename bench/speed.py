@@ -134,7 +134,10 @@ class CallTimes:
 
 
 def measure(w: Workload, model, blocks: tuple[int, int], patch: Callable, repeats: int) -> dict:
-    """Medians of one workload's calls, by way of running it."""
+    """Medians of one workload's calls, by way of running it; `patch` gives a patched model and its trace.
+
+    A part of the blocks has no front layers: they would be another share of it than of the whole.
+    """
     import comfy.sample
     from comfy.patcher_extension import WrappersMP
 
@@ -155,15 +158,17 @@ def measure(w: Workload, model, blocks: tuple[int, int], patch: Callable, repeat
     cut = [latent(kept_rows, cells) for _ in range(w.references)]
     share = kept_rows / cells
     depth = sum(blocks)
-    front = min(a.front, depth // 3)
+    front = a.front if blocks == a.blocks else 0
     common = dict(
         update_interval=2, spacing="steps", profile="auto", layers=f"{depth // 2}", front_layers=front,
         min_keep=share, max_keep=share,
     )  # fmt: skip
+    prune, trace = patch(model, tau=0.85, mode="prune", **common)
+    reuse, _ = patch(model, tau=0.85, mode="reuse", **common)
     ways = {
         "full": (model, whole),
-        "prune": (patch(model, tau=0.85, mode="prune", **common), whole),
-        "reuse": (patch(model, tau=0.85, mode="reuse", **common), whole),
+        "prune": (prune, whole),
+        "reuse": (reuse, whole),
         "no references": (model, []),
         "cut references": (model, cut),
     }
@@ -196,8 +201,11 @@ def measure(w: Workload, model, blocks: tuple[int, int], patch: Callable, repeat
         "references": w.references * (cells // a.patch) ** 2,
         "kept": w.references * (kept_rows // a.patch) * (cells // a.patch),
     }
-    return {"seconds": seconds, "tokens": tokens, "peak_bytes": dict(peak), "front_layers": front, "blocks": blocks,
-            "hidden": a.hidden, "linear": a.linear}  # fmt: skip
+    scoring = median(anchor.seconds for run in trace.runs for anchor in run.anchors)  # of one layer
+    return {
+        "seconds": seconds, "scoring": scoring, "tokens": tokens, "peak_bytes": dict(peak), "front_layers": front,
+        "blocks": blocks, "hidden": a.hidden, "linear": a.linear,
+    }  # fmt: skip
 
 
 def _split(values: list[float], parts: int) -> list[list[float]]:
@@ -232,25 +240,52 @@ def speedups(row: dict, steps: int) -> dict[str, float]:
     return result
 
 
-def markdown(rows: list[dict]) -> str:
+def scoring_share(row: dict, steps: int = 40, layers: int = 3, anchors: int = 4) -> float:
+    """What scoring takes of a run of the paper's settings, with all blocks, from what one layer's scoring took here."""
+    depth = sum(ARCHITECTURES[row["workload"]["architecture"]].blocks)
+    of_a_layer = row["scoring"] / (row["seconds"]["full"]["later"] / sum(row["blocks"]))
+    return of_a_layer * layers * anchors / (depth * steps)
+
+
+def steps_table(rows: list[dict]) -> str:
+    """Of one step, the speed-up over a full one, each with the cost model's in brackets."""
     lines = [
-        "| model | blocks | pixels | references | kept | anchor | pruned step | reused step | no references | "
-        "cut references | " + " | ".join(f"{n} steps" for n in STEP_COUNTS) + " |",
-        "|---" * (10 + len(STEP_COUNTS)) + "|",
-    ]  # fmt: skip
+        "| model, blocks run | pixels | references, kept | no references | reused | cut references | pruned | "
+        "pruned to cut | anchor, prune, reuse | scoring, of 40 steps |",
+        "|---" * 10 + "|",
+    ]
     for row in rows:
-        w, full, model = row["workload"], row["seconds"]["full"]["later"], predicted(row)
-        cells = [", ".join(f"{row['seconds'][name]['anchor'] / full - 1:+.0%}" for name in ("prune", "reuse"))]
-        cells += [
-            f"{full / row['seconds'][name]['later']:.2f}x ({1 / model[name]:.2f}x)"
-            for name in ("prune", "reuse", "no references", "cut references")
+        w, seconds, model = row["workload"], row["seconds"], predicted(row)
+        full = seconds["full"]["later"]
+        cells = [
+            f"{full / seconds[name]['later']:.2f}x ({1 / model[name]:.2f}x)"
+            for name in ("no references", "reuse", "cut references", "prune")
         ]
-        runs = [speedups(row, n) for n in STEP_COUNTS]
-        cells += [f"{run['prune']:.2f}x, {run['reuse']:.2f}x" for run in runs]
+        cells.append(f"{seconds['prune']['later'] / seconds['cut references']['later'] - 1:+.0%}")
+        cells.append(", ".join(f"{seconds[name]['anchor'] / full - 1:+.0%}" for name in ("prune", "reuse")))
+        cells.append(f"{scoring_share(row):.2%}")
+        guided = ", guided" * (w["rows"] == 2)
         lines.append(
-            f"| {w['architecture']} | {row['blocks'][0]} + {row['blocks'][1]} | {w['side']} | {w['references']} | "
-            f"{w['kept']:.0%} | " + " | ".join(cells) + " |"
+            f"| {w['architecture']}, {row['blocks'][0]} + {row['blocks'][1]}{guided} | {w['side']} | "
+            f"{w['references']}, {w['kept']:.0%} | " + " | ".join(cells) + " |"
         )
+    return "\n".join(lines)
+
+
+def runs_table(rows: list[dict]) -> str:
+    """Of whole runs, put together from the medians of their steps: prune, reuse."""
+    lines = [
+        "| model, blocks run | pixels | references, kept | " + " | ".join(f"{n} steps" for n in STEP_COUNTS) + " |",
+        "|---" * (3 + len(STEP_COUNTS)) + "|",
+    ]
+    for row in rows:
+        w, runs = row["workload"], [speedups(row, n) for n in STEP_COUNTS]
+        guided = ", guided" * (w["rows"] == 2)
+        lines.append(
+            f"| {w['architecture']}, {row['blocks'][0]} + {row['blocks'][1]}{guided} | {w['side']} | "
+            f"{w['references']}, {w['kept']:.0%} | "
+            + " | ".join(f"{run['prune']:.2f}x, {run['reuse']:.2f}x" for run in runs) + " |"
+        )  # fmt: skip
     return "\n".join(lines)
 
 
@@ -273,7 +308,7 @@ def main() -> None:
         asyncio.run(nodes.load_custom_node(str(ROOT)))
 
         def patch(model, **inputs):
-            return nodes.NODE_CLASS_MAPPINGS["ToPiPatch"].execute(model, **inputs).result[0]
+            return nodes.NODE_CLASS_MAPPINGS["ToPiPatch"].execute(model, **inputs).result
 
         whole = args.whole or torch.cuda.is_available()
         args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -288,9 +323,10 @@ def main() -> None:
                     row = {"what": "speed", "workload": asdict(w), **found, "repeats": args.repeats, **setting()}
                     file.write(json.dumps(row) + "\n")
                     file.flush()
-                    print(markdown([row]).splitlines()[-1], flush=True)
+                    print(steps_table([row]).splitlines()[-1], flush=True)
                 del model
-    print(markdown([json.loads(line) for line in args.out.read_text(encoding="utf-8").splitlines()]))
+    rows = [json.loads(line) for line in args.out.read_text(encoding="utf-8").splitlines()]
+    print(steps_table(rows), runs_table(rows), sep="\n\n")
 
 
 if __name__ == "__main__":

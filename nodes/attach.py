@@ -24,6 +24,7 @@ from ..topi_core.layout import Layout
 from ..topi_core.trace import Anchor, Run, Trace
 from .changes import changes, hook, with_replacements
 from .families.family import Family
+from .memory import Memory
 from .picture import picture
 from .run import RunState, State
 
@@ -105,7 +106,8 @@ class Patch:
         low = float("-inf") if s.end_percent == 1 else sampling.percent_to_sigma(s.end_percent)
         draw = partial(picture, latent_format=latent_format)
         seed, images = arguments.get("seed") or 0, arguments["noise"].shape[0]
-        return RunState(record, (high, low), seed, images, draw, self.on_anchor)
+        memory = Memory(patcher, self.family.keys_width(network), self.family.shared_heads(network))
+        return RunState(record, (high, low), seed, images, memory, draw, self.on_anchor)
 
     def call(self, executor, *args, **kwargs):
         """DIFFUSION_MODEL or APPLY_MODEL: one call of the network."""
@@ -128,7 +130,7 @@ class Patch:
         references = family.references(network, given)
         grids = tuple(family.grid(network, reference) for reference in references)
         layout = Layout(text.shape[1], family.grid(network, x), grids, family.order)
-        call = state.begin(options, references, layout, x.device)
+        call = state.begin(options, references, layout, x)
         wanted = changes(family, network, state, call, self.settings.front_layers)
         with ExitStack() as hooks:
             if hooked:

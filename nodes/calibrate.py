@@ -87,7 +87,7 @@ class ListeningState(State):
         self.images = images
         self.sigmas: tuple[float, ...] | None = None
 
-    def begin(self, options: dict, references: list[Tensor], layout: Layout, device: torch.device) -> Call:
+    def begin(self, options: dict, references: list[Tensor], layout: Layout, latent: Tensor) -> Call:
         sigma = float(options["sigmas"][0])
         self.sigmas = self.sigmas or tuple(options["sample_sigmas"].tolist())
         layers = tuple(range(self.record.depth)) if references else ()

@@ -70,14 +70,17 @@ def _replacement(changes: Iterable[Change], previous: Callable | None) -> Callab
 
 def hook(changes: Mapping[Block, list[Change]], arguments: Mapping[str, str], hooks: ExitStack) -> None:
     """Changes what these blocks get until `hooks` is closed; arguments: a block's own names -> the common ones."""
+    signatures = {type(block.module): inspect.signature(block.module.forward) for block in changes}
     for block, own in changes.items():
-        handle = block.module.register_forward_pre_hook(partial(_before, own, arguments), with_kwargs=True)
-        hooks.enter_context(handle)
+        before = partial(_before, own, arguments, signatures[type(block.module)])
+        hooks.enter_context(block.module.register_forward_pre_hook(before, with_kwargs=True))
 
 
-def _before(changes: Iterable[Change], arguments: Mapping[str, str], module: nn.Module, args, kwargs) -> tuple:
+def _before(
+    changes: Iterable[Change], arguments: Mapping[str, str], forward: inspect.Signature, module: nn.Module, args, kwargs
+) -> tuple:
     """torch's forward pre-hook."""
-    bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    bound = forward.bind(*args, **kwargs)
     common = {arguments.get(name, name): value for name, value in bound.arguments.items()}
     for change in changes:
         common = change(common)
@@ -180,7 +183,7 @@ def _reuse(call: Call, place: Place, attention: Callable, q: Tensor, k: Tensor, 
     """Lets an attention see the kept keys and values beside its own."""
     pairs = [cache.get(place, k.device, call.sigma) for cache in call.caches]
     keys, values = zip(*pairs, strict=True)
-    own, kept = k.shape[-2], keys[0].shape[-2]
+    own, kept = k.shape[-2], keys[0].x.shape[-2]
     if rest and rest[0] is not None:
         rest = (extend_mask(rest[0], own, kept), *rest[1:])
     elif kwargs.get("mask") is not None:

@@ -50,6 +50,7 @@ class ToPiMaskPreview(io.ComfyNode):
     @classmethod
     def execute(cls, trace, latent, image=None, reference=0, opacity=0.6) -> io.NodeOutput:
         run = trace.find(latent["samples"])
+        image = None if image is None else image.cpu()  # on the device with --gpu-only
         anchors = anchors_with(run, reference)
         if anchors:
             seen = [picture(run, anchor, reference, image) for anchor in anchors]

@@ -56,8 +56,8 @@ class ToPiPatch(io.ComfyNode):
                 io.Combo.Input(
                     "profile", options=["auto", *profile_files.names()], default="auto",
                     tooltip="Which layers tell what the model looks at: a shipped profile, or one of yours in "
-                    "models/topi or output/topi. auto picks by what the model is; where none fits, the first anchor "
-                    "scores all layers and finds out.",
+                    "models/topi or output/topi. auto picks by what the model is; where none fits and tau is "
+                    "below 1, the first anchor scores all layers and finds out.",
                 ),
                 io.String.Input(
                     "layers", default="", advanced=True,

@@ -15,12 +15,13 @@ from torch import Tensor
 from ..topi_core.calibration import TOP_M, sensitivity, top_layers
 from ..topi_core.influence import attention_received, influence, random_score, similarity
 from ..topi_core.layout import Layout
-from ..topi_core.reuse import ContextCache, cache_bytes
+from ..topi_core.reuse import ContextCache
 from ..topi_core.schedule import Schedule
 from ..topi_core.select import Selection, select
 from ..topi_core.stopwatch import Stopwatch
 from ..topi_core.trace import Anchor, Bits, Kind, Reference, Run, Sampled, Step
 from .caches import Caches
+from .memory import Memory
 
 log = logging.getLogger(__name__)
 
@@ -144,10 +145,10 @@ class State(ABC):
     images: int
 
     @abstractmethod
-    def begin(self, options: dict, references: list[Tensor], layout: Layout, device: torch.device) -> Call:
+    def begin(self, options: dict, references: list[Tensor], layout: Layout, latent: Tensor) -> Call:
         """Decides what a call of the network does.
 
-        options: ComfyUI's transformer_options; references [rows of the call, ...], maybe none; device: where it runs.
+        options: ComfyUI's transformer_options; latent and references [rows of the call, ...], of these maybe none.
         """
 
     @abstractmethod
@@ -175,6 +176,7 @@ class RunState(State):
         window: tuple[float, float],
         seed: int,
         images: int,
+        memory: Memory,
         picture: Callable[[Tensor], Tensor | None],
         on_anchor: Callable[[Run, Anchor], None] | None = None,
     ):
@@ -186,17 +188,20 @@ class RunState(State):
         self.record = record
         self.window = window
         self.images = images
+        self.memory = memory
         self.picture = picture
         self.on_anchor = on_anchor
         self.generator = torch.Generator().manual_seed(seed)
+        if not record.layers and self.settings.keeps_all:  # scores are for the views alone, not worth a search
+            record.found = (record.depth // 2,)
         self.schedule: Schedule | None = None
         self.groups: list[Group] = []
         self.group_of_cond: dict[object, Group] = {}
         self.kept: dict[tuple[int, ...], Tensor] = {}  # by the groups of a call's chunks, until the next anchor
-        self.caches = Caches(self.settings.forecast)  # of the mode "reuse"
+        self.caches = Caches(self.settings.forecast, memory.shared_heads)  # of the mode "reuse"
         self.open: OpenStep | None = None
 
-    def begin(self, options: dict, references: list[Tensor], layout: Layout, device: torch.device) -> Call:
+    def begin(self, options: dict, references: list[Tensor], layout: Layout, latent: Tensor) -> Call:
         sigma = float(options["sigmas"][0])
         if self.schedule is None:
             s = self.settings
@@ -212,9 +217,9 @@ class RunState(State):
         chunks = self._groups(options, references, layout)
         call = Call(layout, chunks, self._kind(chunks, step, sigma), step, sigma, conds=tuple(options["uuids"]))
         if self.settings.mode == "reuse":
-            self._reuse(call, references[0], device)
+            self._reuse(call, references, latent)
         elif call.kind == "pruned":
-            call.kept = self._kept(chunks, device)
+            call.kept = self._kept(chunks, latent.device)
         if call.kind == "anchor":
             known, searching = self.record.layers, any(g.sensitivity and g.scored[0] == step for g in chunks)
             call.search = not known or searching
@@ -222,7 +227,7 @@ class RunState(State):
             call.features = self.settings.metric in ("similarity", "random")
         return call
 
-    def _reuse(self, call: Call, reference: Tensor, device: torch.device) -> None:
+    def _reuse(self, call: Call, references: list[Tensor], latent: Tensor) -> None:
         """Gives a call of the mode "reuse" the caches that it fills or reads.
 
         A cond that has none, or whose cache holds another number of tokens than those it shares the call with, gets
@@ -235,11 +240,10 @@ class RunState(State):
             sizes = {cache and cache.kept.shape[1] for cache in call.caches}
             call.kind = "reused" if len(sizes) == 1 and None not in sizes else "anchor"
         if call.kind == "reused":
-            call.kept = torch.empty(1, 0, dtype=torch.long, device=device)
+            call.kept = torch.empty(1, 0, dtype=torch.long, device=latent.device)
         elif call.kind == "anchor":
-            run, tokens = self.record, call.layout.context_tokens
-            size = cache_bytes(run.depth, tokens, run.hidden, reference.element_size(), self.images)
-            call.caches = self.caches.fresh(call.conds, call.step, call.sigma, size, device)
+            size, room = self.memory.size(call.layout.context_tokens), self.memory.room(latent, references)
+            call.caches = self.caches.fresh(call.conds, call.step, call.sigma, self.images * size, room)
             if not call.caches:
                 call.kind = "full"
 
@@ -365,7 +369,7 @@ class RunState(State):
             self.open = None
 
     def finish(self, latent: Tensor) -> None:
+        self.record.finish(latent)  # waits for the device, which the last step's time is to hold
         self._close_step()
         for group in self.groups:
             self._settle(group)
-        self.record.finish(latent)

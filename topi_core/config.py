@@ -31,10 +31,10 @@ def parse_layers(text: str) -> tuple[int, ...]:
 class Settings:
     """How to prune a model of `depth` layers; layers are counted over the whole stack from 0.
 
-    `layers` are the representative ones (Eq. 5); without any, the first anchor finds them. The first `front_layers`
-    always see the full context, when pruning. `profile` is where both come from, for the report. `spacing` "auto" is
-    "steps" for the mode prune, as in the paper, and "sigma" for reuse (`Schedule.anchors`). `forecast` is for reuse
-    alone (`reuse.ContextCache`).
+    `layers` are the representative ones (Eq. 5); without any, the first anchor finds them, where anything depends on
+    it. The first `front_layers` always see the full context, when pruning. `profile` is where both come from, for the
+    report. `spacing` "auto" is "steps" for the mode prune, as in the paper, and "sigma" for reuse (`Schedule.anchors`).
+    `forecast` is for reuse alone (`reuse.ContextCache`).
     """
 
     depth: int
@@ -75,6 +75,11 @@ class Settings:
             raise ValueError(f"layers must be in [0, {self.depth - 1}] for this model, got {wrong[0]}")
         if not 0 <= self.front_layers < self.depth:
             raise ValueError(f"front_layers must be in [0, {self.depth - 1}] for this model, got {self.front_layers}")
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether every token is kept, whatever it scores."""
+        return self.min_keep == 1 or (self.tau == 1 and self.max_keep == 1)
 
     @property
     def anchor_spacing(self) -> Spacing:

@@ -122,6 +122,8 @@ def _word(run: Run) -> str:
 
 def _scored_in(run: Run) -> str:
     layers = ", ".join(map(str, run.layers))
+    if run.found and run.found_at is None:
+        return f"scored in {layers} (the middle one, as no profile fits and every token is kept)"
     if run.found:
         return f"scored in {layers} (found at step {run.found_at}, as no profile fits)"
     if run.settings.layers:

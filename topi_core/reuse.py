@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,9 +22,22 @@ Place = tuple[int, int]
 """A layer, and which of its attentions: most have one."""
 
 
-def cache_bytes(layers: int, tokens: int, hidden: int, itemsize: int, rows: int) -> int:
-    """What keys and values of so many context tokens take at most, in all layers."""
-    return 2 * layers * tokens * hidden * itemsize * rows
+class Line(NamedTuple):
+    """Keys or values [I, .., K, D] as they were at an anchor, and where they go from there: x + ahead * change."""
+
+    x: Tensor
+    change: Tensor | None = None
+    ahead: float = 0.0
+
+    def write(self, out: Tensor) -> None:
+        """Puts them into `out` [I, .., K, D], which may have more heads: as many in a row get the same."""
+        if out.shape == self.x.shape and self.change is not None:
+            torch.add(self.x, self.change, alpha=self.ahead, out=out)
+            return
+        now = self.x if self.change is None else self.x.add(self.change, alpha=self.ahead)
+        if out.shape != now.shape:
+            out, now = out.unflatten(1, (now.shape[1], -1)), now.unsqueeze(2)
+        out.copy_(now)
 
 
 @dataclass
@@ -37,6 +51,7 @@ class ContextCache:
     step: int
     sigma: float
     offload: bool = False
+    shared_heads: int = 1  # as many in a row have the same keys and values, which are held once
     before: ContextCache | None = None
     kept: Tensor | None = None  # [I, K] into the context, once it is known
     entries: dict[Place, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -47,6 +62,8 @@ class ContextCache:
 
     def put(self, place: Place, k: Tensor, v: Tensor) -> None:
         """Takes over the context's part of an attention's keys and values [I, .., C, D]; they are copied."""
+        if self.shared_heads > 1:
+            k, v = k[:, :: self.shared_heads], v[:, :: self.shared_heads]
         copy = _to_host if self.offload else torch.clone
         self.entries[place] = copy(k), copy(v)
         if self.before is not None:
@@ -64,7 +81,7 @@ class ContextCache:
                 for place, (k, v) in pairs.items():
                     pairs[place] = _take(k, self.kept), _take(v, self.kept)
 
-    def get(self, place: Place, device: torch.device, sigma: float) -> tuple[Tensor, Tensor]:
+    def get(self, place: Place, device: torch.device, sigma: float) -> tuple[Line, Line]:
         """Keys and values of one attention, on the device, as they should be at `sigma`.
 
         The next attention's are sent for, where they lie in host memory.
@@ -72,8 +89,20 @@ class ContextCache:
         if place in self.changes:
             ahead = forecast_weight(sigma - self.sigma, self.span)
             pairs = zip(self.entries[place], self.changes[place], strict=True)
-            k, v = (x.add(change, alpha=ahead) for x, change in pairs)
-            return k, v
+            k, v = (Line(x, change, ahead) for x, change in pairs)
+        else:
+            k, v = (Line(x) for x in self._arrived(place, device))
+        return k, v
+
+    def clear(self) -> None:
+        """Lets go of everything, also of what is on its way."""
+        for transfer in self.coming.values():
+            transfer.arrived()
+        for part in (self.entries, self.changes, self.coming):
+            part.clear()
+        self.before = None
+
+    def _arrived(self, place: Place, device: torch.device) -> tuple[Tensor, Tensor]:
         if not self.offload or device.type != "cuda":
             return self.entries[place]
         self.stream = self.stream or torch.cuda.Stream(device)
@@ -103,18 +132,18 @@ def forecast_weight(since: float, span: float) -> float:
     return min(max(since / span, 0.0), 1.0) if span else 0.0
 
 
-def extend(x: Tensor, caches: Sequence[Tensor]) -> Tensor:
+def extend(x: Tensor, context: Sequence[Line]) -> Tensor:
     """Keys or values with the context's behind their own: x [B, .., n, D] -> [B, .., n + K, D].
 
-    The rows of the caches [I, .., K, D] make up B, one cond after the other.
+    The rows of the context [I, .., K, D] make up B, one cond after the other.
     """
-    n, k = x.shape[-2], caches[0].shape[-2]
+    n, k = x.shape[-2], context[0].x.shape[-2]
     out = x.new_empty(*x.shape[:-2], n + k, x.shape[-1])
     out[..., :n, :] = x
     row = 0
-    for cache in caches:
-        out[row : row + len(cache), ..., n:, :] = cache
-        row += len(cache)
+    for line in context:
+        line.write(out[row : row + len(line.x), ..., n:, :])
+        row += len(line.x)
     return out
 
 
@@ -126,9 +155,12 @@ def extend_mask(mask: Tensor, own: int, kept: int) -> Tensor:
 
 
 def _take(x: Tensor, kept: Tensor) -> Tensor:
-    """x [I, H, C, D] or [I, C, W] -> the same with K tokens."""
-    taken = x.gather(-2, _index(kept, x))
-    return taken.pin_memory() if x.is_pinned() else taken
+    """x [I, H, C, D] or [I, C, W] -> the same with K tokens, in pinned memory where x lies there."""
+    shape = (*x.shape[:-2], kept.shape[1], x.shape[-1])
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, pin_memory=x.is_pinned())
+    for image, own, taken in zip(x, kept, out, strict=True):
+        torch.index_select(image, -2, own, out=taken)
+    return out
 
 
 def _index(kept: Tensor, x: Tensor) -> Tensor:
@@ -155,18 +187,21 @@ def _to_host(x: Tensor) -> Tensor:
 
 
 class _Transfer:
-    """A copy from pinned memory to a CUDA device, on a stream of its own beside the current one's work."""
+    """A copy from pinned memory to a CUDA device, on a stream of its own beside the current one's work.
+
+    Its memory is the current stream's, and the copy waits for what that had to do when it was ordered: so what the
+    attentions before have used is used again, and two of them at most are ever on the device.
+    """
 
     def __init__(self, pair: tuple[Tensor, Tensor], stream: torch.cuda.Stream):
-        self.stream = stream
+        k, v = (torch.empty(x.shape, dtype=x.dtype, device=stream.device) for x in pair)
+        self.pair, self.stream = (k, v), stream
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
         with torch.cuda.stream(stream):
-            k, v = (x.to(stream.device, non_blocking=True) for x in pair)
-            self.pair = k, v
+            for to, x in zip(self.pair, pair, strict=True):
+                to.copy_(x, non_blocking=True)
             self.done = stream.record_event()
 
     def arrived(self) -> tuple[Tensor, Tensor]:
-        current = torch.cuda.current_stream(self.stream.device)
-        current.wait_event(self.done)
-        for x in self.pair:
-            x.record_stream(current)
+        torch.cuda.current_stream(self.stream.device).wait_event(self.done)
         return self.pair

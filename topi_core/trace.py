@@ -106,7 +106,8 @@ class Run(Sampled):
     `hidden` and `linear` are the model's width and its layers' linear operations, as `cost.layer_flops` wants them.
     `context_tokens` are the most that a call of the network had, whether or not they were ever scored; `cache_bytes`
     the most that its kept keys and values took, and `forecast` says that these were forecast.
-    `found` are the layers that the run found itself, at the step `found_at`, where its settings name none.
+    `found` are the layers that the run found itself, at the step `found_at`, where its settings name none; the middle
+    one, without a step, where every token is kept anyway.
     """
 
     family: str

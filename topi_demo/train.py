@@ -30,17 +30,17 @@ from .scenes import SHAPES, coverage, draw, random_scene
 
 # Share of the batches by what they hold: (references, side in pixels, batch relative to the 128 pixel one) -> weight.
 BATCHES = {
-    (0, 128, 1.0): 0.12,
-    (1, 128, 1.0): 0.66,
-    (2, 128, 0.65): 0.08,
-    (3, 128, 0.45): 0.10,
+    (0, 128, 1.0): 0.09,
+    (1, 128, 1.0): 0.68,
+    (2, 128, 0.65): 0.06,
+    (3, 128, 0.45): 0.13,
     (0, 256, 0.25): 0.01,
     (1, 256, 0.20): 0.03,
 }
 # Share of the one-reference edits.
 KINDS = {
-    "recolour": 14, "remove": 12, "replace": 11, "move": 13, "background": 7, "night": 6, "invert": 7,
-    "blur": 6, "shift": 7, "zoom": 8, "winter": 4, "autumn": 4, "keep": 3,
+    "recolour": 15, "remove": 10, "replace": 11, "move": 14, "background": 8, "night": 5, "invert": 8,
+    "blur": 6, "shift": 7, "zoom": 14, "winter": 4, "autumn": 4, "keep": 3,
 }  # fmt: skip
 LOCAL_WEIGHT = 8.0  # how much more a latent cell counts where a local edit changes it
 DROP_TEXT = 0.05

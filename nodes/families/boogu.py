@@ -15,6 +15,12 @@ def _blocks(network: nn.Module) -> list[Block]:
     return double + [Block("single_block", i, layer) for i, layer in enumerate(network.single_stream_layers)]
 
 
+def _keys(network: nn.Module) -> int:
+    double = [a for block in network.double_stream_layers for a in (block.img_instruct_attn, block.img_self_attn)]
+    attentions = double + [block.attn for block in network.single_stream_layers]
+    return sum(attention.kv_heads * attention.dim_head for attention in attentions)
+
+
 BOOGU = Family(
     name="boogu",
     label="Boogu",
@@ -22,6 +28,7 @@ BOOGU = Family(
     blocks=_blocks,
     grid=lambda network, latent: padded_grid(latent, network.patch_size),
     hidden=lambda network: network.hidden_size,
+    keys=_keys,
     linear=31,  # 32 single blocks of 29 (key heads 7 of 28, gated MLP 4.04 d wide), 8 double blocks of 36
     order=("text", "references", "target"),
     pe_dim=1,

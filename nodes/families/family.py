@@ -40,6 +40,10 @@ class Family:
     """Which networks of the class, where several families share it."""
     linear: int = 24
     """Linear operations of a layer, in units of tokens x hidden^2 (`topi_core.cost.layer_flops`)."""
+    keys: Callable[[nn.Module], int] | None = None
+    """Width of a token's keys over all attentions of the network, where it is not `hidden` for each block."""
+    shared_heads: Callable[[nn.Module], int] = lambda network: 1
+    """How many heads in a row have the same keys in the attention, as the network repeats them."""
     patch: Callable[[nn.Module], int] = lambda network: network.patch_size
     """Latent pixels a token, along one side."""
     order: tuple[Part, Part, Part] = ("text", "target", "references")
@@ -50,6 +54,10 @@ class Family:
     """The reference latents that a call puts into the sequence, by its arguments."""
     arguments: Mapping[str, str] | None = None
     """For networks without block replacements: parameters of a block's forward -> their names in a `Change`."""
+
+    def keys_width(self, network: nn.Module) -> int:
+        """Width of a token's keys over all attentions of the network; values are as wide."""
+        return self.keys(network) if self.keys else len(self.blocks(network)) * self.hidden(network)
 
     def matches(self, network: nn.Module) -> bool:
         """Not for classes made from it, whose forward may be another."""

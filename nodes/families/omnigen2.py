@@ -11,6 +11,7 @@ OMNIGEN2 = Family(
     blocks=lambda network: [Block("single_block", i, layer) for i, layer in enumerate(network.layers)],
     grid=lambda network, latent: padded_grid(latent, network.patch_size),
     hidden=lambda network: network.hidden_size,
+    keys=lambda network: sum(layer.attn.kv_heads * layer.attn.dim_head for layer in network.layers),
     linear=30,  # 5.3 for the projections with 7 of 21 key heads, 24.4 for the gated MLP 4.06 d wide
     order=("text", "references", "target"),
     pe_dim=1,

@@ -173,6 +173,17 @@ def test_the_first_anchor_finds_what_a_calibration_of_that_step_finds(family, ca
     assert kept_sets(trace) == kept_sets(other) and len(run.anchors) == 2
 
 
+@pytest.mark.parametrize("mode", ["prune", "reuse"])
+def test_where_every_token_is_kept_nothing_is_searched(mode, caplog):
+    patched, trace = patch(shared(FLUX1), mode=mode, tau=1.0, update_interval=2)
+    with caplog.at_level(logging.INFO):
+        image = sample(patched, conditioning(FLUX1, [latent(FLUX1)]), latent=empty(FLUX1))
+    run = last_run(trace)
+    assert run.layers == (FLUX1.depth // 2,) and run.found_at is None and len(run.anchors) == 2
+    assert "scored all" not in caplog.text
+    assert "the middle one" in run_node("ToPiReport", trace=trace, latent={"samples": image})[0]
+
+
 @pytest.mark.parametrize("metric", ["influence", "attention", "similarity", "random"])
 def test_every_metric_works_on_the_same_layers(metric):
     positive, start = conditioning(FLUX1, [latent(FLUX1)]), empty(FLUX1)

@@ -19,7 +19,7 @@ from sampling import (
     run_node,
     sample,
 )
-from small_models import FLUX1, FLUX2, HIDDEN, QWEN, shared
+from small_models import FAMILIES, FLUX1, FLUX2, HIDDEN, QWEN, shared
 from test_compose import CACHE, SmallControl, with_lora
 
 import nodes
@@ -97,12 +97,17 @@ def test_without_room_for_a_forecast_there_is_none_and_the_log_says_so(monkeypat
     plain, _ = patch(shared(FLUX1), **layer_inputs(FLUX1), **REUSE, forecast=False)
     expected = sample(plain, positive, latent=start, steps=8)
     patched, trace = patch(shared(FLUX1), **layer_inputs(FLUX1), **REUSE)
-    size = 2 * FLUX1.depth * 64 * HIDDEN * 4
-    room = {size: "device", 2 * size: "host"}
-    monkeypatch.setattr(reuse_module("nodes.caches"), "room_for", lambda size, device: room[size])
+    size, asked = 2 * FLUX1.depth * 64 * HIDDEN * 4, []
+
+    def where(room, more):
+        asked.append(more)
+        return "device" if len(asked) != 2 else "host"
+
+    monkeypatch.setattr(reuse_module("nodes.memory").Room, "where", where)
     caplog.clear()
     assert torch.equal(sample(patched, positive, latent=start, steps=8), expected)
-    assert not last_run(trace).forecast
+    assert not last_run(trace).forecast and len(asked) == 4
+    assert asked[0] == asked[2] == size < asked[1] < 2 * size  # the second is for what changed, beside what is held
     said = [r.getMessage() for r in caplog.records if "no room" in r.getMessage()]
     assert said == ["ToPi: no room for 0.0 GB more, so keys and values are reused as they were instead of forecast"]
 
@@ -112,21 +117,48 @@ def test_in_host_memory_it_is_the_same_and_nothing_is_forecast(monkeypatch):
     patched, _ = patch(shared(FLUX1), **layer_inputs(FLUX1), **REUSE, forecast=False)
     expected = sample(patched, positive, latent=start)
     patched, _ = patch(shared(FLUX1), **layer_inputs(FLUX1), **REUSE)
-    monkeypatch.setattr(reuse_module("nodes.caches"), "room_for", lambda size, device: "host")
+    monkeypatch.setattr(reuse_module("nodes.memory").Room, "where", lambda room, size: "host")
     assert torch.equal(sample(patched, positive, latent=start), expected)
 
 
 def test_room_is_on_the_device_then_on_the_host_then_nowhere(monkeypatch):
-    room_for, device = reuse_module("nodes.memory").room_for, torch.device("cpu")
-    assert room_for(1, device) == "device"
-    assert room_for(2**50, device) is None
+    room = reuse_module("nodes.memory").Room
+    here = room(shared(FLUX1), torch.device("cpu"), reserve=2**20)
+    assert here.where(1) == "device"
+    assert here.where(2**50) is None
     free = {"cpu": 2**40, "meta": 0}
 
     def free_memory(dev, torch_free_too=False):
         return (free[dev.type], 0) if torch_free_too else free[dev.type]
 
     monkeypatch.setattr(comfy.model_management, "get_free_memory", free_memory)
-    assert room_for(2**20, torch.device("meta")) == "host"
+    assert room(shared(FLUX1), torch.device("meta"), reserve=2**20).where(2**20) == "host"
+
+
+def test_the_reserve_is_what_comfyui_says_a_call_takes(monkeypatch):
+    """Of a latent and its references; never less than ComfyUI's minimum."""
+    model = shared(FLUX1)
+    memory, picture = reuse_module("nodes.memory").Memory(model, keys=HIDDEN), empty(FLUX1)
+    least = comfy.model_management.minimum_inference_memory()
+    assert memory.room(picture, []).reserve == least
+    large = torch.zeros(1).expand(2, 16, 128, 128)
+    alone, beside = (memory.room(large, [large] * count).reserve for count in (0, 2))
+    extra = comfy.model_management.extra_reserved_memory()
+    assert alone == model.model.memory_required([2, 16, 128, 128]) + extra > least
+    assert beside - extra == pytest.approx(3 * (alone - extra))
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+def test_what_is_asked_for_is_what_is_kept(monkeypatch, family):
+    """In every family, whatever its heads share; forecast it is twice as much, and no more is asked for after that."""
+    asked, room = [], reuse_module("nodes.memory").Room
+    where = room.where
+    monkeypatch.setattr(room, "where", lambda self, size: asked.append(size) or where(self, size))
+    patched, trace = patch(shared(family), **layer_inputs(family), mode="reuse", tau=1.0, update_interval=2)
+    sample(patched, conditioning(family, [latent(family)]), latent=empty(family), steps=6)
+    run = last_run(trace)
+    assert len(run.anchors) == 3 and run.forecast
+    assert asked == [run.cache_bytes / 2] * 2
 
 
 @pytest.mark.parametrize("order", ["before", "after"])

@@ -81,6 +81,8 @@ def test_the_report_says_where_the_layers_come_from():
     said = text(made).splitlines()
     assert "scored in 1, 5 (found at step 0, as no profile fits), pruned from 2 on" in said[0]
     assert "ToPi Calibrate" in said[1]
+    made.found, made.found_at = (1,), None
+    assert "scored in 1 (the middle one, as no profile fits and every token is kept)" in text(made)
 
 
 def test_a_profile_in_words():

@@ -6,11 +6,16 @@ import torch
 from topi_core.config import Settings
 from topi_core.cost import layer_flops, speedup
 from topi_core.layout import Layout
-from topi_core.reuse import ContextCache, cache_bytes, extend, extend_mask, forecast_weight
+from topi_core.reuse import ContextCache, Line, extend, extend_mask, forecast_weight
 from topi_core.schedule import Schedule
 from topi_core.trace import Anchor, Bits, Run, Step
 
 CPU = torch.device("cpu")
+
+
+def got(cache: ContextCache, place, sigma: float) -> list[torch.Tensor]:
+    """Keys and values as an attention sees them."""
+    return [extend(line.x[..., :0, :], [line]) for line in cache.get(place, CPU, sigma)]
 
 
 @pytest.fixture
@@ -25,7 +30,7 @@ def test_a_cache_holds_copies(pair):
     expected = [x.clone() for x in pair]
     for x in pair:
         x.zero_()
-    assert all(map(torch.equal, cache.get((0, 0), CPU, 1.0), expected))
+    assert all(map(torch.equal, got(cache, (0, 0), 1.0), expected))
 
 
 def test_shrinking_keeps_each_images_own_tokens(pair):
@@ -34,7 +39,7 @@ def test_shrinking_keeps_each_images_own_tokens(pair):
     cache.put((0, 1), *(x.transpose(1, 2).flatten(2) for x in pair))  # heads that are split later
     kept = torch.tensor([[0, 2, 5], [1, 2, 6]])
     cache.shrink(kept)
-    for heads_first, flat, x in zip(*(cache.get((0, i), CPU, 1.0) for i in (0, 1)), pair, strict=True):
+    for heads_first, flat, x in zip(*(got(cache, (0, i), 1.0) for i in (0, 1)), pair, strict=True):
         for image, own in enumerate(kept):
             assert torch.equal(heads_first[image], x[image][:, own])
             assert torch.equal(flat[image], x[image][:, own].transpose(0, 1).flatten(1))
@@ -44,8 +49,8 @@ def test_keeping_every_token_changes_nothing(pair):
     cache = ContextCache(0, 1.0)
     cache.put((0, 0), *pair)
     cache.shrink(torch.arange(7).expand(2, 7))
-    assert all(map(torch.equal, cache.get((0, 0), CPU, 1.0), pair))
-    assert cache.nbytes == sum(x.nbytes for x in pair) == cache_bytes(1, 7, 12, 4, 2)
+    assert all(map(torch.equal, got(cache, (0, 0), 1.0), pair))
+    assert cache.nbytes == sum(x.nbytes for x in pair)
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["heads first", "heads split later"])
@@ -53,7 +58,23 @@ def test_extending_equals_concatenating(pair, flat):
     k, cached = pair
     if flat:
         k, cached = (x.transpose(1, 2).flatten(2) for x in pair)
-    assert torch.equal(extend(k, [cached[:1], cached[1:]]), torch.cat((k, cached), -2))
+    assert torch.equal(extend(k, [Line(cached[:1]), Line(cached[1:])]), torch.cat((k, cached), -2))
+    ahead = extend(k, [Line(cached[:1]), Line(cached[1:], k[1:], 0.5)])
+    assert torch.equal(ahead, torch.cat((k, torch.cat((cached[:1], cached[1:].add(k[1:], alpha=0.5)))), -2))
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["as it was", "forecast"])
+def test_heads_that_share_their_keys_are_held_once(before):
+    few = torch.arange(48.0).view(2, 2, 3, 4)
+    first, old = ContextCache(0, 1.0, shared_heads=3), few / 2
+    first.put((0, 0), *(old.repeat_interleave(3, 1),) * 2)
+    cache = ContextCache(5, 0.75, shared_heads=3, before=first if before else None)
+    cache.put((0, 0), *(few.repeat_interleave(3, 1),) * 2)
+    assert cache.nbytes == (2 if before else 1) * 2 * few.nbytes
+    own = torch.randn(2, 6, 5, 4)
+    k, _ = cache.get((0, 0), CPU, 0.5)
+    expected = few + (few - old) * before
+    assert torch.equal(extend(own, [k]), torch.cat((own, expected.repeat_interleave(3, 1)), -2))
 
 
 def test_what_is_reused_is_hidden_by_no_mask():
@@ -67,7 +88,7 @@ def test_what_is_reused_is_hidden_by_no_mask():
 def test_offloaded_to_the_host_it_is_the_same(pair):
     cache = ContextCache(0, 1.0, offload=True)
     cache.put((0, 0), *pair)
-    assert all(map(torch.equal, cache.get((0, 0), CPU, 1.0), pair))
+    assert all(map(torch.equal, got(cache, (0, 0), 1.0), pair))
 
 
 def test_a_forecast_follows_the_straight_line_through_two_anchors_no_further_than_it_is_long(pair):
@@ -83,8 +104,8 @@ def test_a_forecast_follows_the_straight_line_through_two_anchors_no_further_tha
     second.put((0, 0), *at(0.75))
     assert not first.entries and second.nbytes == 2 * sum(x.nbytes for x in pair)
     for sigma, reached in ((0.75, 0.75), (0.6, 0.6), (0.5, 0.5), (0.1, 0.5), (0.9, 0.75)):
-        for got, expected in zip(second.get((0, 0), CPU, sigma), at(reached), strict=True):
-            torch.testing.assert_close(got, expected)
+        for x, expected in zip(got(second, (0, 0), sigma), at(reached), strict=True):
+            torch.testing.assert_close(x, expected)
 
 
 def test_a_forecast_leaves_tokens_without_a_past_as_they_are(pair):
@@ -94,9 +115,9 @@ def test_a_forecast_leaves_tokens_without_a_past_as_they_are(pair):
     second = ContextCache(5, 0.75, before=first)
     second.put((0, 0), *pair)
     second.shrink(torch.tensor([[2, 3], [0, 6]]))
-    for got, x in zip(second.get((0, 0), CPU, 0.5), pair, strict=True):
-        assert torch.equal(got[0], torch.stack((2 * x[0, :, 2], x[0, :, 3]), 1))
-        assert torch.equal(got[1], torch.stack((x[1, :, 0], 2 * x[1, :, 6]), 1))
+    for y, x in zip(got(second, (0, 0), 0.5), pair, strict=True):
+        assert torch.equal(y[0], torch.stack((2 * x[0, :, 2], x[0, :, 3]), 1))
+        assert torch.equal(y[1], torch.stack((x[1, :, 0], 2 * x[1, :, 6]), 1))
 
 
 def test_how_far_a_forecast_goes():
