@@ -1,4 +1,4 @@
-"""ToPi for ComfyUI: drops the reference tokens that an in-context image model does not look at."""
+"""ToPi for ComfyUI: computes the reference tokens of an in-context image model at a few steps only."""
 
 WEB_DIRECTORY = "./web"
 

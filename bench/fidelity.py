@@ -22,7 +22,7 @@ from topi_core.metrics import psnr, ssim
 from topi_demo import codec
 from topi_demo.edits import GRAMMAR, GROUPS
 from topi_demo.evaluate import edit, held_out
-from topi_demo.record import setting
+from topi_demo.provenance import setting
 from topi_demo.runtime import use_comfyui
 
 from .scenarios import CORE, SCENARIOS, SHORT, Scenario

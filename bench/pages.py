@@ -14,7 +14,7 @@ from statistics import fmean
 
 from topi_demo import demo, evaluate
 
-from . import fidelity
+from . import fidelity, speed
 from .scenarios import CORE, Scenario
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,9 +62,9 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "demo": lambda: demo.table(_rows("demo")),
         "fidelity": lambda: summary(*SOME),
-        "quality": lambda: _quality(0),
-        "attention": lambda: _quality(1),
+        "speed": lambda: speed.steps_table(_rows("speed")),
     },
+    "docs/demo_model.md": {"quality": lambda: _quality(0), "attention": lambda: _quality(1)},
     "docs/fidelity.md": {"summary": summary, "tables": lambda: fidelity.markdown(_rows("fidelity"))},
 }
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from topi_core.trace import Bits
-from topi_demo.record import setting
+from topi_demo.provenance import setting
 from topi_demo.runtime import use_comfyui
 
 ROOT = Path(__file__).resolve().parent.parent

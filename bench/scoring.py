@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from topi_demo.record import setting
+from topi_demo.provenance import setting
 from topi_demo.runtime import load_pack
 
 RESULTS = Path(__file__).resolve().parent / "results" / "scoring.jsonl"

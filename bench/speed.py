@@ -24,7 +24,7 @@ from statistics import median
 import torch
 
 from topi_core.cost import layer_flops
-from topi_demo.record import setting
+from topi_demo.provenance import setting
 from topi_demo.runtime import use_comfyui
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -247,45 +247,41 @@ def scoring_share(row: dict, steps: int = 40, layers: int = 3, anchors: int = 4)
     return of_a_layer * layers * anchors / (depth * steps)
 
 
+def _named(row: dict) -> str:
+    w = row["workload"]
+    guided = ", guided" * (w["rows"] == 2)
+    references = f"{w['references']} reference{'s'[: w['references'] > 1]}, {w['kept']:.0%} kept"
+    return f"{w['architecture']}, {row['blocks'][0]} + {row['blocks'][1]} blocks, {w['side']} px{guided}; {references}"
+
+
 def steps_table(rows: list[dict]) -> str:
     """Of one step, the speed-up over a full one, each with the cost model's in brackets."""
     lines = [
-        "| model, blocks run | pixels | references, kept | no references | reused | cut references | pruned | "
-        "pruned to cut | anchor, prune, reuse | scoring, of 40 steps |",
-        "|---" * 10 + "|",
+        "| | reused step | no references | pruned step | cut references | pruned to cut | anchor: prune, reuse | "
+        "scoring, of 40 steps |",
+        "|---" * 8 + "|",
     ]
     for row in rows:
-        w, seconds, model = row["workload"], row["seconds"], predicted(row)
+        seconds, model = row["seconds"], predicted(row)
         full = seconds["full"]["later"]
         cells = [
             f"{full / seconds[name]['later']:.2f}x ({1 / model[name]:.2f}x)"
-            for name in ("no references", "reuse", "cut references", "prune")
+            for name in ("reuse", "no references", "prune", "cut references")
         ]
-        cells.append(f"{seconds['prune']['later'] / seconds['cut references']['later'] - 1:+.0%}")
-        cells.append(", ".join(f"{seconds[name]['anchor'] / full - 1:+.0%}" for name in ("prune", "reuse")))
+        cells.append(f"{seconds['prune']['later'] / seconds['cut references']['later'] - 1:+.1%}")
+        cells.append(", ".join(f"{seconds[name]['anchor'] / full - 1:+.1%}" for name in ("prune", "reuse")))
         cells.append(f"{scoring_share(row):.2%}")
-        guided = ", guided" * (w["rows"] == 2)
-        lines.append(
-            f"| {w['architecture']}, {row['blocks'][0]} + {row['blocks'][1]}{guided} | {w['side']} | "
-            f"{w['references']}, {w['kept']:.0%} | " + " | ".join(cells) + " |"
-        )
+        lines.append(f"| {_named(row)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def runs_table(rows: list[dict]) -> str:
     """Of whole runs, put together from the medians of their steps: prune, reuse."""
-    lines = [
-        "| model, blocks run | pixels | references, kept | " + " | ".join(f"{n} steps" for n in STEP_COUNTS) + " |",
-        "|---" * (3 + len(STEP_COUNTS)) + "|",
-    ]
+    lines = ["| | " + " | ".join(f"{n} steps" for n in STEP_COUNTS) + " |", "|---" * (1 + len(STEP_COUNTS)) + "|"]
     for row in rows:
-        w, runs = row["workload"], [speedups(row, n) for n in STEP_COUNTS]
-        guided = ", guided" * (w["rows"] == 2)
-        lines.append(
-            f"| {w['architecture']}, {row['blocks'][0]} + {row['blocks'][1]}{guided} | {w['side']} | "
-            f"{w['references']}, {w['kept']:.0%} | "
-            + " | ".join(f"{run['prune']:.2f}x, {run['reuse']:.2f}x" for run in runs) + " |"
-        )  # fmt: skip
+        runs = [speedups(row, n) for n in STEP_COUNTS]
+        cells = [f"{run['prune']:.2f}x, {run['reuse']:.2f}x" for run in runs]
+        lines.append(f"| {_named(row)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

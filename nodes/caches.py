@@ -12,14 +12,15 @@ log = logging.getLogger(__name__)
 
 
 class Caches:
-    """Asks for room before it is taken. Without any the run goes on in full, without more of it it does not forecast,
-    and the log says so once.
+    """Asks for room before it is taken. Without more of it there is no forecast, without any on the device they lie in
+    host memory, and without any there the run goes on in full; the log says each of these once.
     """
 
     def __init__(self, forecast: bool, shared_heads: int = 1):
         self.forecast = forecast
         self.shared_heads = shared_heads
         self.crowded = False
+        self.offloaded = False
         self.of_cond: dict[object, ContextCache] = {}
         self.filling: list[ContextCache] = []  # those of the newest anchor call
 
@@ -96,4 +97,10 @@ class Caches:
         if where is None and not self.crowded:
             self.crowded = True
             log.warning("ToPi: no room for %.1f GB of keys and values, so this run goes on in full", size / 1e9)
+        if where == "host" and not self.offloaded:
+            self.offloaded = True
+            log.warning(
+                "ToPi: no room on the GPU for %.1f GB of keys and values, so they lie in host memory and are not "
+                "forecast, which is slower", size / 1e9,
+            )  # fmt: skip
         return where

@@ -31,7 +31,9 @@ class ToPiCompare(io.ComfyNode):
     def execute(cls, image, reference) -> io.NodeOutput:
         if image.shape[:3] != reference.shape[:3]:
             sizes = [f"{len(x)} of {x.shape[2]} x {x.shape[1]}" for x in (image, reference)]
-            raise ValueError(f"both batches must have the same images' number and size, got {sizes[0]} and {sizes[1]}")
+            raise ValueError(
+                f"both batches must have the same number and size of images, got {sizes[0]} and {sizes[1]}"
+            )
         a, b = (x[..., :3].movedim(-1, 1) for x in (image, reference))
         noise, likeness = psnr(a, b), ssim(a, b)
         lines = [f"PSNR {p:.2f} dB, SSIM {s:.4f}" for p, s in zip(noise.tolist(), likeness.tolist(), strict=True)]

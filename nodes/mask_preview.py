@@ -43,7 +43,9 @@ class ToPiMaskPreview(io.ComfyNode):
                     display_name="overlay",
                     tooltip="The reference with its kept tokens: a frame an anchor, with a batch one for each image.",
                 ),
-                io.Mask.Output(display_name="mask", tooltip="1 where the token is kept; frames as in overlay."),
+                io.Mask.Output(display_name="mask", 
+                    tooltip="1 where the token is kept, so all 1 where every token is; frames as in overlay.",
+                ),
             ],
         )  # fmt: skip
 
@@ -66,7 +68,12 @@ class ToPiMaskPreview(io.ComfyNode):
         overlay = draw(pictures, weight, opacity)
         shown = ui.PreviewImage(_at_most(overlay, LARGEST)).as_dict()
         facts = [fact for anchor in anchors for fact in frames(anchor, reference)]
-        return io.NodeOutput(overlay, mask, ui=shown | {"frames": facts, "note": (why_nothing(run) or "",)})
+        return io.NodeOutput(
+            overlay,
+            mask,
+            ui=shown
+            | {"frames": facts, "note": (f"nothing was {run.word}: {why}" if (why := why_nothing(run)) else "",)},
+        )
 
 
 def anchors_with(run: Run, reference: int) -> list[Anchor]:

@@ -29,7 +29,7 @@ class ToPiPatch(io.ComfyNode):
             node_id="ToPiPatch",
             display_name="ToPi Patch",
             category="ToPi",
-            description="Stops computing the reference images anew at every step: the same edit, sooner.",
+            description="Stops computing the reference images anew at every step: nearly the same edit, sooner.",
             inputs=[
                 io.Model.Input(
                     "model",
@@ -38,14 +38,15 @@ class ToPiPatch(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "tau", default=1.0, min=0.0, max=1.0, step=0.01,
-                    tooltip="Share of the references' influence that is kept. With reuse 1, all tokens, is best: fewer "
-                    "save memory and little time. With prune lower is faster, 0.85 is a good start, and 1 gives the "
+                    tooltip="Share of the references' influence that is kept. With reuse keep 1, all tokens: fewer "
+                    "cost fidelity and save little. With prune lower is faster, 0.85 is a good start, and 1 gives the "
                     "unpatched image, bit for bit.",
                 ),
                 io.Int.Input(
                     "update_interval", default=5, min=1, max=1000,
-                    tooltip="Steps from one anchor to the next. At an anchor the full context runs and the tokens are "
-                    "chosen anew.",
+                    tooltip="How many anchors a run has: one for every so many steps. At an anchor everything is "
+                    "computed. With prune they are evenly spaced, with reuse they stand where the noise level falls "
+                    "most: see spacing.",
                 ),
                 io.Combo.Input(
                     "mode", options=list(MODES), default="reuse",
@@ -65,7 +66,7 @@ class ToPiPatch(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "front_layers", default=-1, min=-1, max=200, advanced=True,
-                    tooltip="The first layers that always see every token. -1: the profile's.",
+                    tooltip="For prune: the first layers that always see every token. -1: the profile's.",
                 ),
                 io.Int.Input(
                     "first_anchor", default=0, min=0, max=1000, advanced=True,
@@ -73,11 +74,11 @@ class ToPiPatch(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "start_percent", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True,
-                    tooltip="Prune only from this part of the schedule on.",
+                    tooltip="Prune or reuse only from this part of the schedule on.",
                 ),
                 io.Float.Input(
                     "end_percent", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True,
-                    tooltip="Prune only up to this part of the schedule.",
+                    tooltip="Prune or reuse only up to this part of the schedule.",
                 ),
                 io.Float.Input(
                     "min_keep", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True,
@@ -93,8 +94,8 @@ class ToPiPatch(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "spacing", options=list(SPACINGS), default="auto", advanced=True,
-                    tooltip="steps: anchors every update_interval steps. sigma: as many, placed where the noise level "
-                    "changes most. auto: steps for prune, sigma for reuse.",
+                    tooltip="steps: anchors every update_interval steps. sigma: as many, so that the noise level "
+                    "falls by the same amount from one to the next. auto: steps for prune, sigma for reuse.",
                 ),
                 io.Boolean.Input(
                     "forecast", default=True, advanced=True,

@@ -244,8 +244,9 @@ class RunState(State):
         elif call.kind == "anchor":
             size, room = self.memory.size(call.layout.context_tokens), self.memory.room(latent, references)
             call.caches = self.caches.fresh(call.conds, call.step, call.sigma, self.images * size, room)
+            self.record.offloaded = self.caches.offloaded
             if not call.caches:
-                call.kind = "full"
+                call.kind, self.record.no_room = "full", True
 
     def _shrunk(self, cond: object, group: Group) -> ContextCache | None:
         """The cond's cache with the kept tokens only; as many for all conds of its size, as they may share a call."""

@@ -76,6 +76,8 @@ def why_nothing(run: Run) -> str | None:
     if s is None:
         raise ValueError("a run that saw references must know its settings, this one has none")
     if not run.anchors:
+        if run.no_room:
+            return "there was no room for the references' keys and values: use fewer or smaller ones, or the mode prune"
         if all(step.kind == "skipped" for step in run.steps):
             return "a cache skipped every step"
         if s.first_anchor >= steps:
@@ -99,25 +101,26 @@ def text(run: Run) -> str:
     """The short table."""
     s = run.settings
     pruned = "" if s.mode == "reuse" else f", pruned from {run.front_layers} on"
-    lines = [f"{run.family}, {run.depth} layers: {_scored_in(run)}{pruned}; tau {s.tau:g}, {s.metric}"]
-    if run.found:
+    lines = [f"{run.family}, {run.depth} layers: {_scored_in(run)}{pruned}"]
+    forecast = ", forecast" * (s.mode == "reuse" and s.forecast)
+    lines.append(
+        f"mode {s.mode}{forecast}, tau {s.tau:g}, update_interval {s.update_interval} ({s.anchor_spacing}), {s.metric}"
+    )
+    if run.found_at is not None:
         lines.append("ToPi Calibrate and ToPi Save Profile find the layers on more images, and keep them.")
     why = why_nothing(run)
     if why:
-        lines += ["", f"Nothing was {_word(run)}: {why}."]
+        lines += ["", f"Nothing was {run.word}: {why}."]
     if run.anchors:
         lines += ["", *_aligned(_anchor_rows(run))]
     if run.steps:
-        lines += ["", *_aligned(_step_rows(figures(run), _word(run), shorter=why is None))]
+        lines += ["", *_aligned(_step_rows(figures(run), run.word, shorter=why is None))]
     if run.cache_bytes:
         took = f"The kept keys and values took {run.cache_bytes / 1e6:,.1f} MB, until the run's end"
         forecast = "; from the second anchor on they were forecast" * run.forecast
-        lines += ["", f"{took}{forecast}."]
+        where = "; some of it in host memory, as the GPU had no room, which is slower" * run.offloaded
+        lines += ["", f"{took}{forecast}{where}."]
     return "\n".join(lines)
-
-
-def _word(run: Run) -> str:
-    return "reused" if run.settings.mode == "reuse" else "pruned"
 
 
 def _scored_in(run: Run) -> str:

@@ -105,7 +105,8 @@ class Run(Sampled):
     A token covers `patch` x `patch` cells of a latent, a cell `cell_pixels` x `cell_pixels` pixels of its image.
     `hidden` and `linear` are the model's width and its layers' linear operations, as `cost.layer_flops` wants them.
     `context_tokens` are the most that a call of the network had, whether or not they were ever scored; `cache_bytes`
-    the most that its kept keys and values took, and `forecast` says that these were forecast.
+    the most that its kept keys and values took, `forecast` says that these were forecast, `offloaded` that some lay in
+    host memory, and `no_room` that there was no memory for them at all.
     `found` are the layers that the run found itself, at the step `found_at`, where its settings name none; the middle
     one, without a step, where every token is kept anyway.
     """
@@ -119,6 +120,8 @@ class Run(Sampled):
     context_tokens: int = 0
     cache_bytes: int = 0
     forecast: bool = False
+    offloaded: bool = False
+    no_room: bool = False
     found: tuple[int, ...] = ()
     found_at: int | None = None
     anchors: list[Anchor] = field(default_factory=list)
@@ -137,6 +140,11 @@ class Run(Sampled):
         """The representative layers (Eq. 5); none before the first anchor has found them."""
         return self.settings.layers or self.found
 
+    @property
+    def word(self) -> str:
+        """What becomes of the context between anchors."""
+        return "reused" if self.settings.mode == "reuse" else "pruned"
+
     def seconds(self, kinds: Iterable[Kind]) -> list[float]:
         """Times of the steps of these kinds; the run's first step is left out, it pays for loading."""
         return [step.seconds for step in self.steps[1:] if step.kind in kinds]
@@ -144,7 +152,7 @@ class Run(Sampled):
     def summary(self) -> str:
         """One line for the log: what was pruned, and what a full and a pruned step took."""
         if not self.anchors:
-            return f"no reference tokens were pruned in {len(self.steps)} steps"
+            return f"no reference tokens were {self.word} in {len(self.steps)} steps"
         shares = ", ".join(f"{anchor.share:.0%}" for anchor in self.anchors)
         tokens = self.anchors[0].layout.context_tokens
         text = f"kept {shares} of {tokens} reference tokens at {len(self.anchors)} anchor{'s'[: len(self.anchors) > 1]}"

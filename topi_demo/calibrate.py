@@ -21,7 +21,7 @@ from topi_core.report import describe, headline
 
 from . import edits
 from .evaluate import SAMPLER, SCHEDULER, SIDE, edit, held_out
-from .record import setting
+from .provenance import setting
 from .runtime import PACK, draw_chart, load_pack
 
 NAME = "topi-demo"

@@ -20,7 +20,7 @@ from topi_core.metrics import psnr, ssim
 from topi_core.trace import SHORTER
 
 from . import calibrate as calibration
-from .record import setting
+from .provenance import setting
 from .server import Server, ServerError, running
 from .workflow import ALWAYS, BYPASSED, MUTED, to_prompt
 

@@ -1,4 +1,4 @@
-"""Measures the demo model on held-out scenes: `make evaluate`; `ARGS=--table` prints the last results for the README.
+"""Measures the demo model on held-out scenes: `make evaluate`; `ARGS=--table` prints the last results.
 
 Quality of full-context edits against the image that was asked for, as the codec can show it and as it was drawn, the
 same without the reference, and how much attention the reference receives in each layer (Eq. 3). ToPi takes no part in
@@ -26,7 +26,7 @@ from topi_core.metrics import psnr
 
 from . import codec, edits, text
 from .model import ARCHITECTURE
-from .record import setting
+from .provenance import setting
 from .runtime import use_comfyui
 
 RESULTS = Path(__file__).resolve().parent.parent / "bench" / "results" / "demo_quality.jsonl"
@@ -146,7 +146,7 @@ def measure(count: int, seed: int, steps: int, kinds: list[str]) -> Iterator[dic
 
 
 def markdown(rows: list[dict]) -> str:
-    """The README's tables: dB by kind and group, then the reference's share of the attention by layer."""
+    """Tables of `docs/demo_model.md`: dB by kind and group, then the reference's share of the attention by layer."""
     groups = defaultdict(list)
     for row in rows:
         if row["what"] == "quality":

@@ -14,7 +14,8 @@ STYLE.replaceSync(`
   font: 12px sans-serif; color: var(--input-text, #ddd); }
 .topi-picture { flex: 1 1 0; min-height: 0; display: flex; gap: 4px; align-items: center; justify-content: center;
   background: var(--comfy-input-bg, #222); border-radius: 4px; overflow: hidden; text-align: center; }
-.topi-picture img { flex: 1 1 0; min-width: 0; width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated; }
+.topi-picture img { flex: 1 1 0; min-width: 0; width: 100%; height: 100%; object-fit: contain; }
+.topi-live img { image-rendering: pixelated; }
 .topi-picture p { margin: 8px; opacity: .7; }
 .topi-controls { display: flex; gap: 6px; align-items: center; }
 .topi-controls input { flex: 1; min-width: 0; accent-color: #e0a800; }
@@ -82,6 +83,7 @@ function maskViewer(node) {
   controls.append(button, slider);
   root.append(picture.root, controls, status);
   button.title = "Play or pause";
+  button.setAttribute("aria-label", button.title);
   Object.assign(slider, { type: "range", min: 0, max: 0, step: 1, value: 0 });
   slider.setAttribute("aria-label", "Anchor");
   picture.say("Queue the workflow to see what the model used.");
@@ -98,7 +100,7 @@ function maskViewer(node) {
     const f = frames[index];
     const parts = f ? [`step ${f.step}`, `σ ${f.sigma}`, `kept ${f.kept} of ${f.tokens} (${percent(f.share)})`] : [];
     if (f?.images > 1) parts.push(`image ${f.image + 1} of ${f.images}`);
-    if (note) parts.push(`nothing was pruned: ${note}`);
+    if (note) parts.push(note);
     status.textContent = parts.join(" · ");
   }
 
@@ -156,7 +158,7 @@ function textViewer(node, minHeight) {
 
 /** ToPi Patch: the mask of the run that is going on; the widget is made when the first one comes. */
 function liveViewer(node) {
-  const root = element("div");
+  const root = element("div", "topi-live");
   const picture = pictures();
   const status = element("div", "topi-status");
   root.append(picture.root, status);
@@ -164,13 +166,14 @@ function liveViewer(node) {
   return (anchor) => {
     const images = anchor.pictures.map((source) => Object.assign(new Image(), { src: source, draggable: false }));
     picture.show(images);
-    status.textContent = `step ${anchor.step} · σ ${anchor.sigma} · kept ${percent(anchor.share)} of ${anchor.tokens}`;
+    const kept = anchor.share === 1 ? `all ${anchor.tokens} tokens` : `kept ${percent(anchor.share)} of ${anchor.tokens}`;
+    status.textContent = `step ${anchor.step} · σ ${anchor.sigma} · ${kept}`;
   };
 }
 
 const VIEWERS = {
   ToPiMaskPreview: maskViewer,
-  ToPiReport: (node) => textViewer(node, 130),
+  ToPiReport: (node) => textViewer(node, 240),
   ToPiSaveProfile: (node) => textViewer(node, 130),
   ToPiCompare: (node) => textViewer(node, 50),
 };
@@ -253,7 +256,7 @@ app.registerExtension({
   },
 
   async afterConfigureGraph() {
-    // one turn later, as ComfyUI puts the outputs of a tab back only after this
+    // a little later, as ComfyUI puts the outputs of a tab back only after this
     setTimeout(() => restore().catch((error) => console.warn("ToPi: no outputs were restored", error)), 300);
   },
 });

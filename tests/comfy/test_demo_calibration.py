@@ -2,7 +2,7 @@
 
 from topi_core.calibration import Calibration
 from topi_demo.calibrate import chart, listen, row, shipped
-from topi_demo.record import setting
+from topi_demo.provenance import setting
 
 
 def test_it_was_made_from_the_weights_that_are_here():

@@ -90,6 +90,8 @@ def test_without_room_the_run_goes_on_in_full_and_says_so(monkeypatch, caplog):
     assert set(kinds(trace)) == {"full"}
     said = [r.getMessage() for r in caplog.records if "no room" in r.getMessage()]
     assert said == ["ToPi: no room for 0.0 GB of keys and values, so this run goes on in full"]
+    report = run_node("ToPiReport", trace=trace, latent={"samples": expected})[0]
+    assert "Nothing was reused: there was no room" in report
 
 
 def test_without_room_for_a_forecast_there_is_none_and_the_log_says_so(monkeypatch, caplog):
@@ -112,13 +114,16 @@ def test_without_room_for_a_forecast_there_is_none_and_the_log_says_so(monkeypat
     assert said == ["ToPi: no room for 0.0 GB more, so keys and values are reused as they were instead of forecast"]
 
 
-def test_in_host_memory_it_is_the_same_and_nothing_is_forecast(monkeypatch):
+def test_in_host_memory_it_is_the_same_and_nothing_is_forecast(monkeypatch, caplog):
     positive, start = conditioning(FLUX1, [latent(FLUX1)]), empty(FLUX1)
     patched, _ = patch(shared(FLUX1), **layer_inputs(FLUX1), **REUSE, forecast=False)
     expected = sample(patched, positive, latent=start)
-    patched, _ = patch(shared(FLUX1), **layer_inputs(FLUX1), **REUSE)
+    patched, trace = patch(shared(FLUX1), **layer_inputs(FLUX1), **REUSE)
     monkeypatch.setattr(reuse_module("nodes.memory").Room, "where", lambda room, size: "host")
+    caplog.clear()
     assert torch.equal(sample(patched, positive, latent=start), expected)
+    assert sum("no room on the GPU" in record.getMessage() for record in caplog.records) == 1
+    assert "in host memory" in run_node("ToPiReport", trace=trace, latent={"samples": expected})[0]
 
 
 def test_room_is_on_the_device_then_on_the_host_then_nowhere(monkeypatch):

@@ -43,12 +43,13 @@ def test_the_first_step_is_not_timed():
 
 def test_table():
     lines = text(run(["anchor", "pruned", "anchor", "pruned"], kept=(3,), references=((2, 2), (1, 2)))).splitlines()
-    assert lines[0] == "flux1, 8 layers: scored in 3, pruned from 2 on; tau 0.85, influence"
-    assert lines[2].split("  ")[0] == "anchor" and lines[2].endswith("all")
-    assert [part.strip() for part in lines[3].split("  ") if part] == [
+    assert lines[0] == "flux1, 8 layers: scored in 3, pruned from 2 on"
+    assert lines[1] == "mode prune, tau 0.85, update_interval 10 (steps), influence"
+    assert lines[3].split("  ")[0] == "anchor" and lines[3].endswith("all")
+    assert [part.strip() for part in lines[4].split("  ") if part] == [
         "step 0", "1.000", "3 of 4 (75.0%)", "0 of 2 (0.0%)", "3 of 6 (50.0%)",
     ]  # fmt: skip
-    assert "2 anchors, 2 pruned" in lines[6]
+    assert "2 anchors, 2 pruned" in lines[7]
     assert any(line.startswith("speed-up") for line in lines)
 
 
@@ -80,7 +81,7 @@ def test_the_report_says_where_the_layers_come_from():
     made.found, made.found_at = (1, 5), 0
     said = text(made).splitlines()
     assert "scored in 1, 5 (found at step 0, as no profile fits), pruned from 2 on" in said[0]
-    assert "ToPi Calibrate" in said[1]
+    assert "ToPi Calibrate" in said[2]
     made.found, made.found_at = (1,), None
     assert "scored in 1 (the middle one, as no profile fits and every token is kept)" in text(made)
 
