@@ -143,13 +143,13 @@ def main() -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--short", action="store_true", help="a few scenarios only")
     which.add_argument("--core", action="store_true", help="those of the README's table and plot")
-    parser.add_argument("--only", metavar="WORDS", help="scenarios whose name holds these words")
+    parser.add_argument("--only", metavar="WORDS", nargs="+", help="scenarios whose name holds any of these words")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="only print the tables of the results that are there")
     args = parser.parse_args()
     if not args.table:
         some = SHORT if args.short else CORE if args.core else SCENARIOS
-        chosen = tuple(s for s in some if not args.only or args.only in s.key)
+        chosen = tuple(s for s in some if not args.only or any(words in s.key for words in args.only))
         done = {(row["scenario"], row["kind"], row["edits"], row["weights"]) for row in read(args.out)}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         with torch.inference_mode(), args.out.open("a", encoding="utf-8") as file:
