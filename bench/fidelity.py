@@ -25,7 +25,7 @@ from topi_demo.evaluate import edit, held_out
 from topi_demo.provenance import setting
 from topi_demo.runtime import use_comfyui
 
-from .scenarios import CORE, SCENARIOS, SHORT, Scenario
+from .scenarios import CORE, README, SCENARIOS, SHORT, Scenario
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "fidelity.jsonl"
@@ -142,13 +142,14 @@ def main() -> None:
     parser.add_argument("-n", type=int, default=64, help="held-out edits of each group")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--short", action="store_true", help="a few scenarios only")
-    which.add_argument("--core", action="store_true", help="those of the README's table and plot")
+    which.add_argument("--readme", action="store_true", help="those of the README's table")
+    which.add_argument("--core", action="store_true", help="those of the plot and of the first table")
     parser.add_argument("--only", metavar="WORDS", nargs="+", help="scenarios whose name holds any of these words")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="only print the tables of the results that are there")
     args = parser.parse_args()
     if not args.table:
-        some = SHORT if args.short else CORE if args.core else SCENARIOS
+        some = SHORT if args.short else README if args.readme else CORE if args.core else SCENARIOS
         chosen = tuple(s for s in some if not args.only or any(words in s.key for words in args.only))
         done = {(row["scenario"], row["kind"], row["edits"], row["weights"]) for row in read(args.out)}
         args.out.parent.mkdir(parents=True, exist_ok=True)
