@@ -106,7 +106,7 @@ class Patch:
         low = float("-inf") if s.end_percent == 1 else sampling.percent_to_sigma(s.end_percent)
         draw = partial(picture, latent_format=latent_format)
         seed, images = arguments.get("seed") or 0, arguments["noise"].shape[0]
-        memory = Memory(patcher, self.family.keys_width(network), self.family.shared_heads(network))
+        memory = Memory(patcher, self.family.keys_width(network), self.family.key_heads(network))
         return RunState(record, (high, low), seed, images, memory, draw, self.on_anchor)
 
     def call(self, executor, *args, **kwargs):

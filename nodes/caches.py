@@ -16,9 +16,9 @@ class Caches:
     host memory, and without any there the run goes on in full; the log says each of these once.
     """
 
-    def __init__(self, forecast: bool, shared_heads: int = 1):
+    def __init__(self, forecast: bool, key_heads: int | None = None):
         self.forecast = forecast
-        self.shared_heads = shared_heads
+        self.key_heads = key_heads
         self.crowded = False
         self.offloaded = False
         self.of_cond: dict[object, ContextCache] = {}
@@ -36,7 +36,7 @@ class Caches:
         where: Where | None = "device" if held else self._where(len(conds) * size, room)
         if where is None:
             return []
-        self.filling = [ContextCache(step, sigma, where == "host", self.shared_heads) for _ in conds]
+        self.filling = [ContextCache(step, sigma, where == "host", self.key_heads) for _ in conds]
         for cond, cache in zip(conds, self.filling, strict=True):
             before = held.get(cond)
             if before and before.step == step:  # another call of this very anchor: its first one found what changed

@@ -21,7 +21,8 @@ class Memory:
     model: ModelPatcher
     keys: int
     """Width of a token's keys over all attentions."""
-    shared_heads: int = 1
+    key_heads: int | None = None
+    """How many heads of keys the model has, where fewer than of queries."""
 
     def size(self, tokens: int) -> int:
         """Bytes of the keys and values of so many tokens."""

@@ -198,7 +198,7 @@ class RunState(State):
         self.groups: list[Group] = []
         self.group_of_cond: dict[object, Group] = {}
         self.kept: dict[tuple[int, ...], Tensor] = {}  # by the groups of a call's chunks, until the next anchor
-        self.caches = Caches(self.settings.forecast, memory.shared_heads)  # of the mode "reuse"
+        self.caches = Caches(self.settings.forecast, memory.key_heads)  # of the mode "reuse"
         self.open: OpenStep | None = None
 
     def begin(self, options: dict, references: list[Tensor], layout: Layout, latent: Tensor) -> Call:

@@ -51,7 +51,7 @@ class ContextCache:
     step: int
     sigma: float
     offload: bool = False
-    shared_heads: int = 1  # as many in a row have the same keys and values, which are held once
+    key_heads: int | None = None  # where more heads than these come, in a row the same ones, they are held once
     before: ContextCache | None = None
     kept: Tensor | None = None  # [I, K] into the context, once it is known
     entries: dict[Place, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -62,8 +62,9 @@ class ContextCache:
 
     def put(self, place: Place, k: Tensor, v: Tensor) -> None:
         """Takes over the context's part of an attention's keys and values [I, .., C, D]; they are copied."""
-        if self.shared_heads > 1:
-            k, v = k[:, :: self.shared_heads], v[:, :: self.shared_heads]
+        if self.key_heads:
+            repeated = k.shape[1] // self.key_heads
+            k, v = k[:, ::repeated], v[:, ::repeated]
         copy = _to_host if self.offload else torch.clone
         self.entries[place] = copy(k), copy(v)
         if self.before is not None:

@@ -29,6 +29,7 @@ BOOGU = Family(
     grid=lambda network, latent: padded_grid(latent, network.patch_size),
     hidden=lambda network: network.hidden_size,
     keys=_keys,
+    key_heads=lambda network: network.single_stream_layers[0].attn.kv_heads,
     linear=31,  # 32 single blocks of 29 (key heads 7 of 28, gated MLP 4.04 d wide), 8 double blocks of 36
     order=("text", "references", "target"),
     pe_dim=1,

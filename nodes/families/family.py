@@ -42,8 +42,8 @@ class Family:
     """Linear operations of a layer, in units of tokens x hidden^2 (`topi_core.cost.layer_flops`)."""
     keys: Callable[[nn.Module], int] | None = None
     """Width of a token's keys over all attentions of the network, where it is not `hidden` for each block."""
-    shared_heads: Callable[[nn.Module], int] = lambda network: 1
-    """How many heads in a row have the same keys in the attention, as the network repeats them."""
+    key_heads: Callable[[nn.Module], int | None] = lambda network: None
+    """How many heads of keys a network has, where fewer than of queries; some repeat them before the attention."""
     patch: Callable[[nn.Module], int] = lambda network: network.patch_size
     """Latent pixels a token, along one side."""
     order: tuple[Part, Part, Part] = ("text", "target", "references")

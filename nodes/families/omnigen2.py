@@ -12,6 +12,7 @@ OMNIGEN2 = Family(
     grid=lambda network, latent: padded_grid(latent, network.patch_size),
     hidden=lambda network: network.hidden_size,
     keys=lambda network: sum(layer.attn.kv_heads * layer.attn.dim_head for layer in network.layers),
+    key_heads=lambda network: network.layers[0].attn.kv_heads,
     linear=30,  # 5.3 for the projections with 7 of 21 key heads, 24.4 for the gated MLP 4.06 d wide
     order=("text", "references", "target"),
     pe_dim=1,

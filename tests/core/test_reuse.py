@@ -66,9 +66,9 @@ def test_extending_equals_concatenating(pair, flat):
 @pytest.mark.parametrize("before", [False, True], ids=["as it was", "forecast"])
 def test_heads_that_share_their_keys_are_held_once(before):
     few = torch.arange(48.0).view(2, 2, 3, 4)
-    first, old = ContextCache(0, 1.0, shared_heads=3), few / 2
+    first, old = ContextCache(0, 1.0, key_heads=2), few / 2
     first.put((0, 0), *(old.repeat_interleave(3, 1),) * 2)
-    cache = ContextCache(5, 0.75, shared_heads=3, before=first if before else None)
+    cache = ContextCache(5, 0.75, key_heads=2, before=first if before else None)
     cache.put((0, 0), *(few.repeat_interleave(3, 1),) * 2)
     assert cache.nbytes == (2 if before else 1) * 2 * few.nbytes
     own = torch.randn(2, 6, 5, 4)
