@@ -23,6 +23,7 @@ from ..topi_core.config import Settings
 from ..topi_core.layout import Layout
 from ..topi_core.trace import Anchor, Run, Trace
 from .changes import changes, hook, with_replacements
+from .compiled import apart, take_over
 from .families.family import Family
 from .memory import Memory
 from .picture import picture
@@ -67,18 +68,19 @@ class Patch:
         """OUTER_SAMPLE: one run's lifetime (`CFGGuider.outer_sample`)."""
         guider = executor.class_obj
         arguments = inspect.signature(executor.original).bind(*args, **kwargs).arguments
-        _refuse_compiled(guider.model_patcher, guider.model_options)
         _refuse_other_cache(guider.model_options)
         if "multigpu_clones" in guider.model_options:
             raise RuntimeError(
                 "ToPi cannot prune a model that is sampled on several GPUs at once; remove one of the two"
             )
-        state = self.start(guider, arguments)
-        self.trace.runs.append(state.record)
-
         original = guider.model_options
-        guider.model_options = comfy.model_patcher.create_model_options_clone(original)
-        guider.model_options.setdefault("transformer_options", {})[KEY] = state
+        own = comfy.model_patcher.create_model_options_clone(original)
+        compiled = take_over(own, guider.model_patcher)
+        state = self.start(guider, arguments)
+        state.compiled = compiled
+        self.trace.runs.append(state.record)
+        own.setdefault("transformer_options", {})[KEY] = state
+        guider.model_options = own
         try:
             result = executor(*args, **kwargs)
             state.finish(result)
@@ -133,6 +135,10 @@ class Patch:
         call = state.begin(options, references, layout, x)
         wanted = changes(family, network, state, call, self.settings.front_layers)
         with ExitStack() as hooks:
+            if state.compiled:
+                blocks = family.blocks(network)
+                wanted = {block: [*wanted.get(block, ()), apart] for block in blocks}
+                state.compiled.enter(blocks, hooks)
             if hooked:
                 hook(wanted, family.arguments, hooks)
             elif "transformer_options" in kwargs:
@@ -148,14 +154,6 @@ class Patch:
         if sentence not in self.warned:
             self.warned.add(sentence)
             log.warning(sentence)
-
-
-def _refuse_compiled(patcher: ModelPatcher, model_options: dict[str, Any]) -> None:
-    """A compiled network would replay an anchor step for pruned ones: its guards leave out transformer_options."""
-    wrappers = model_options.get("transformer_options", {}).get("wrappers", {})
-    compiled = wrappers.get(WrappersMP.APPLY_MODEL, {}).get("torch.compile")
-    if compiled or hasattr(patcher.get_model_object("diffusion_model"), "_orig_mod"):
-        raise RuntimeError("ToPi cannot prune a compiled model yet: remove TorchCompileModel, or bypass ToPi Patch")
 
 
 def _refuse_other_cache(model_options: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from ..topi_core.select import Selection, select
 from ..topi_core.stopwatch import Stopwatch
 from ..topi_core.trace import Anchor, Bits, Kind, Reference, Run, Sampled, Step
 from .caches import Caches
+from .compiled import Compiled
 from .memory import Memory
 
 log = logging.getLogger(__name__)
@@ -143,6 +144,7 @@ class State(ABC):
 
     record: Sampled
     images: int
+    compiled: Compiled | None = None
 
     @abstractmethod
     def begin(self, options: dict, references: list[Tensor], layout: Layout, latent: Tensor) -> Call:

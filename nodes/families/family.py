@@ -16,8 +16,7 @@ class Block(NamedTuple):
 
     kind: Literal["double_block", "single_block"]
     index: int
-    module: nn.Module | None = None
-    """Where ComfyUI has no block replacements: what to hook."""
+    module: nn.Module
 
     @property
     def name(self) -> tuple[str, int]:

@@ -14,8 +14,8 @@ from .family import Block, Family, padded_grid
 
 
 def _blocks(network: nn.Module) -> list[Block]:
-    double = [Block("double_block", i) for i in range(len(network.double_blocks))]
-    return double + [Block("single_block", i) for i in range(len(network.single_blocks))]
+    double = [Block("double_block", i, block) for i, block in enumerate(network.double_blocks)]
+    return double + [Block("single_block", i, block) for i, block in enumerate(network.single_blocks)]
 
 
 def _grid(network: nn.Module, latent: Tensor) -> Grid:

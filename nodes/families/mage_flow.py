@@ -8,7 +8,7 @@ MAGE_FLOW = Family(
     name="mage_flow",
     label="Mage-Flow",
     network="comfy.ldm.mage_flow.model.MageFlowTransformer2DModel",
-    blocks=lambda network: [Block("double_block", i) for i in range(len(network.transformer_blocks))],
+    blocks=lambda network: [Block("double_block", i, block) for i, block in enumerate(network.transformer_blocks)],
     grid=lambda network, latent: padded_grid(latent, network.patch_size),
     hidden=lambda network: network.inner_dim,
 )

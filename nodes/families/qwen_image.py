@@ -18,7 +18,7 @@ QWEN_IMAGE = Family(
     name="qwen_image",
     label="Qwen-Image",
     network="comfy.ldm.qwen_image.model.QwenImageTransformer2DModel",
-    blocks=lambda network: [Block("double_block", i) for i in range(len(network.transformer_blocks))],
+    blocks=lambda network: [Block("double_block", i, block) for i, block in enumerate(network.transformer_blocks)],
     grid=_grid,
     hidden=lambda network: network.inner_dim,
 )

@@ -245,20 +245,6 @@ def test_of_two_patches_in_a_row_the_last_counts():
 
 
 @by_order
-def test_a_compiled_model_is_refused_when_sampling_starts(order):
-    """TorchCompileModel, before or after; the sentence says what to do, and nothing is compiled."""
-    model = shared(FLUX1)
-    if order == "before":
-        model = run_node("TorchCompileModel", model=model, backend="inductor")[0]
-    model = patch(model, **layer_inputs(FLUX1))[0]
-    if order == "after":
-        model = run_node("TorchCompileModel", model=model, backend="inductor")[0]
-    with pytest.raises((RuntimeError, ValueError), match="TorchCompileModel") as refusal:
-        sample(model, conditioning(FLUX1, [latent(FLUX1)]), latent=empty(FLUX1))
-    assert "\n" not in str(refusal.value)
-
-
-@by_order
 @pytest.mark.parametrize("mode", ["prune", "reuse"])
 @pytest.mark.parametrize("family", [FLUX2, QWEN, KREA], ids=lambda f: f.name)
 def test_flux_kv_cache_is_refused_by_name(family, order, mode):
