@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import NamedTuple
+from uuid import UUID
 
 from ..topi_core.reuse import ContextCache
 from .memory import Room, Where, release_pinned
@@ -11,29 +13,47 @@ from .memory import Room, Where, release_pinned
 log = logging.getLogger(__name__)
 
 
+class Cond(NamedTuple):
+    """What holds its own keys and values: a prompt, in a list of prompts, with blocks that others replace.
+
+    ComfyUI gives a prompt's area to the other list by a copy with the same uuid. Skip layer guidance calls a prompt a
+    second time with some blocks left out.
+    """
+
+    uuid: UUID
+    index: int
+    replaced: frozenset[tuple]
+
+    @classmethod
+    def of(cls, options: dict) -> tuple[Cond, ...]:
+        """Those of one call, by its transformer_options."""
+        replaced = frozenset(options.get("patches_replace", {}).get("dit", {}))
+        return tuple(cls(*pair, replaced) for pair in zip(options["uuids"], options["cond_or_uncond"], strict=True))
+
+
 class Caches:
     """Asks for room before it is taken. Without more of it there is no forecast, without any on the device they lie in
-    host memory, and without any there the run goes on in full; the log says each of these once.
+    host memory, and without any there the prompts that need it run in full; the log says each of these once.
     """
 
     def __init__(self, forecast: bool, key_heads: int | None = None):
         self.forecast = forecast
         self.key_heads = key_heads
-        self.crowded = False
+        self.crowded: set[Cond] = set()  # those without room: they do not ask again
         self.offloaded = False
-        self.of_cond: dict[object, ContextCache] = {}
+        self.of_cond: dict[Cond, ContextCache] = {}
         self.filling: list[ContextCache] = []  # those of the newest anchor call
 
-    def get(self, cond: object) -> ContextCache | None:
+    def get(self, cond: Cond) -> ContextCache | None:
         return self.of_cond.get(cond)
 
-    def fresh(self, conds: Sequence[object], step: int, sigma: float, size: float, room: Room) -> list[ContextCache]:
+    def fresh(self, conds: Sequence[Cond], step: int, sigma: float, size: float, room: Room) -> list[ContextCache]:
         """Empty caches of `size` bytes each for the conds of an anchor call; none where there is no room."""
         held = self._held(conds, step, size, room)
         if not held:
             for cond in conds:
                 self.of_cond.pop(cond, None)  # before the new ones take their room
-        where: Where | None = "device" if held else self._where(len(conds) * size, room)
+        where: Where | None = "device" if held else self._where(conds, len(conds) * size, room)
         if where is None:
             return []
         self.filling = [ContextCache(step, sigma, where == "host", self.key_heads) for _ in conds]
@@ -46,7 +66,7 @@ class Caches:
                 cache.before = before
         return self.filling
 
-    def keep(self, conds: Sequence[object], caches: Sequence[ContextCache]) -> None:
+    def keep(self, conds: Sequence[Cond], caches: Sequence[ContextCache]) -> None:
         """Takes over what an anchor call filled, in place of what there was."""
         for cond, cache in zip(conds, caches, strict=True):
             cache.before = None
@@ -71,7 +91,7 @@ class Caches:
         if offloaded:
             release_pinned()
 
-    def _held(self, conds: Sequence[object], step: int, size: float, room: Room) -> dict[object, ContextCache]:
+    def _held(self, conds: Sequence[Cond], step: int, size: float, room: Room) -> dict[Cond, ContextCache]:
         """The conds' caches that a forecast starts from: held on the device, and not used yet in this very step.
 
         The new ones take the place of what they held, and as much again for what changed.
@@ -92,11 +112,14 @@ class Caches:
             return {}
         return held
 
-    def _where(self, size: float, room: Room) -> Where | None:
-        where = None if self.crowded else room.where(size)
-        if where is None and not self.crowded:
-            self.crowded = True
-            log.warning("ToPi: no room for %.1f GB of keys and values, so this run goes on in full", size / 1e9)
+    def _where(self, conds: Sequence[Cond], size: float, room: Room) -> Where | None:
+        if self.crowded.issuperset(conds):
+            return None
+        where = room.where(size)
+        if where is None:
+            if not self.crowded:
+                log.warning("ToPi: no room for %.1f GB of keys and values, so what needs them runs in full", size / 1e9)
+            self.crowded.update(conds)
         if where == "host" and not self.offloaded:
             self.offloaded = True
             log.warning(

@@ -10,6 +10,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from itertools import count
 
@@ -90,10 +91,15 @@ def _before(
 
 
 def _marker(call: Call) -> Change:
-    """Notes that the network really runs: a cache may answer in its place."""
+    """Notes that the network really runs, as a cache may answer in its place, and with how much text.
+
+    Patches after the input may have put tokens before the prompt's, as USO's style reference does.
+    """
 
     def mark(args: dict) -> dict:
         call.computed = True
+        if "txt" in args:
+            call.layout = replace(call.layout, text_tokens=args["txt"].shape[1])
         return args
 
     return mark
@@ -101,10 +107,10 @@ def _marker(call: Call) -> Change:
 
 def _pruner(call: Call, block: Block, pe_dim: int) -> Change:
     """Shortens what a block gets: hidden rows once, positions and mask at every block (Eq. 12)."""
-    layout = _own_layout(block, call.layout)
-    dropped = layout.context_tokens - call.kept.shape[1]
 
     def prune(args: dict) -> dict:
+        layout = _own_layout(block, call.layout)
+        dropped = layout.context_tokens - call.kept.shape[1]
         changed = dict(args)
         if args["img"].shape[1] != layout.tokens - dropped:
             if args["img"].shape[1] != layout.tokens:

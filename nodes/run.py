@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..topi_core.calibration import TOP_M, sensitivity, top_layers
+from ..topi_core.cost import call_flops
 from ..topi_core.influence import attention_received, influence, random_score, similarity
 from ..topi_core.layout import Layout
 from ..topi_core.reuse import ContextCache
@@ -20,7 +21,7 @@ from ..topi_core.schedule import Schedule
 from ..topi_core.select import Selection, select
 from ..topi_core.stopwatch import Stopwatch
 from ..topi_core.trace import Anchor, Bits, Kind, Reference, Run, Sampled, Step
-from .caches import Caches
+from .caches import Caches, Cond
 from .compiled import Compiled
 from .memory import Memory
 
@@ -83,7 +84,7 @@ class Call:
     features: bool = False
     search: bool = False
     kept: Tensor | None = None  # [B, K] into the context, on pruned calls that drop anything; K = 0 on reused ones
-    conds: tuple[object, ...] = ()  # one a chunk
+    conds: tuple[Cond, ...] = ()  # one a chunk
     caches: list[ContextCache] = field(default_factory=list)  # one a chunk: to fill at an anchor, or to reuse
     scores: dict[int, Tensor] = field(default_factory=dict)  # layer -> [B, C]
     sensitivity: dict[int, Tensor] = field(default_factory=dict)  # layer -> [B], of a search
@@ -101,9 +102,14 @@ class Call:
         if self.search:
             self.sensitivity[layer] = sensitivity(received, self.layout)
 
+    @property
+    def missing(self) -> list[int]:
+        """Layers that it had to score and did not see."""
+        return [layer for layer in self.layers if layer not in self.heard]
+
     def check(self) -> None:
         """RuntimeError where an anchor call ran and a layer that it had to score was not seen."""
-        missing = [layer for layer in self.layers if layer not in self.heard]
+        missing = self.missing
         if missing:
             raise RuntimeError(
                 f"ToPi saw no attention over {self.layout.tokens} tokens in layer {missing[0]}; "
@@ -131,9 +137,15 @@ class OpenStep:
     kind: Kind = "skipped"
     tokens: int = 0
     keys: int | None = None
+    taken: int = 0
+    full: int = 0
 
-    def note(self, call: Call) -> None:
+    def note(self, call: Call, run: Run) -> None:
         kind = call.kind if call.computed else "skipped"
+        if call.computed:
+            taken, full = call_flops(run, kind, call.layout.tokens, call.tokens, call.keys)
+            self.taken += len(call.conds) * taken
+            self.full += len(call.conds) * full
         self.kind = max(self.kind, kind, key=get_args(Kind).index)
         self.tokens = max(self.tokens, call.tokens)
         self.keys = max(filter(None, (self.keys, call.keys)), default=None)
@@ -198,7 +210,7 @@ class RunState(State):
             record.found = (record.depth // 2,)
         self.schedule: Schedule | None = None
         self.groups: list[Group] = []
-        self.group_of_cond: dict[object, Group] = {}
+        self.group_of_cond: dict[Cond, Group] = {}
         self.kept: dict[tuple[int, ...], Tensor] = {}  # by the groups of a call's chunks, until the next anchor
         self.caches = Caches(self.settings.forecast, memory.key_heads)  # of the mode "reuse"
         self.open: OpenStep | None = None
@@ -214,10 +226,11 @@ class RunState(State):
             self._close_step()
             self.open = OpenStep(step, sigma, time.perf_counter())
         self.record.context_tokens = max(self.record.context_tokens, layout.context_tokens)
+        conds = Cond.of(options)
         if not references:
-            return Call(layout, [], "full", step, sigma)
-        chunks = self._groups(options, references, layout)
-        call = Call(layout, chunks, self._kind(chunks, step, sigma), step, sigma, conds=tuple(options["uuids"]))
+            return Call(layout, [], "full", step, sigma, conds=conds)
+        chunks = self._groups(conds, references, layout)
+        call = Call(layout, chunks, self._kind(chunks, step, sigma), step, sigma, conds=conds)
         if self.settings.mode == "reuse":
             self._reuse(call, references, latent)
         elif call.kind == "pruned":
@@ -250,7 +263,7 @@ class RunState(State):
             if not call.caches:
                 call.kind, self.record.no_room = "full", True
 
-    def _shrunk(self, cond: object, group: Group) -> ContextCache | None:
+    def _shrunk(self, cond: Cond, group: Group) -> ContextCache | None:
         """The cond's cache with the kept tokens only; as many for all conds of its size, as they may share a call."""
         cache = self.caches.get(cond)
         if cache is not None and cache.kept is None:
@@ -263,9 +276,9 @@ class RunState(State):
         self.groups.clear()
         self.group_of_cond.clear()
 
-    def _groups(self, options: dict, references: list[Tensor], layout: Layout) -> list[Group]:
+    def _groups(self, conds: tuple[Cond, ...], references: list[Tensor], layout: Layout) -> list[Group]:
         images, groups = self.images, []
-        for i, cond in enumerate(options["uuids"]):
+        for i, cond in enumerate(conds):
             group = self.group_of_cond.get(cond)
             if group is None or not group.fits(layout):
                 own = [reference[i * images : (i + 1) * images] for reference in references]
@@ -349,14 +362,16 @@ class RunState(State):
                 call.scores[layer] = score.repeat(len(call.chunks), 1).to(hidden.device, torch.float32)
 
     def end(self, call: Call) -> None:
-        self.open.note(call)
+        self.open.note(call, self.record)
         if call.kind != "anchor" or not call.computed:
             return
-        call.check()
         if call.caches:
             self.caches.keep(call.conds, call.caches)
             self.record.cache_bytes = max(self.record.cache_bytes, self.caches.nbytes)
             self.record.forecast |= self.caches.forecasting
+        if call.missing and all(group.scored for group in call.chunks):
+            return  # guidance left blocks out: what was scored without that still holds
+        call.check()
         watches = [call.watch]  # counted once, for the first of the groups
         for i, group in enumerate(call.chunks):
             if group.scored and group.scored[0] != call.step:
@@ -368,7 +383,7 @@ class RunState(State):
         if self.open is not None:
             seconds = time.perf_counter() - self.open.started
             o = self.open
-            self.record.steps.append(Step(o.index, o.sigma, o.kind, o.tokens, seconds, o.keys))
+            self.record.steps.append(Step(o.index, o.sigma, o.kind, o.tokens, seconds, o.keys, o.taken, o.full))
             self.open = None
 
     def finish(self, latent: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .trace import Run
+from .trace import Kind, Run
 
 
 def layer_flops(tokens: int, hidden: int, linear: int = 24, keys: int | None = None) -> int:
@@ -14,20 +14,21 @@ def layer_flops(tokens: int, hidden: int, linear: int = 24, keys: int | None = N
     return 4 * tokens * (tokens if keys is None else keys) * hidden + linear * tokens * hidden**2
 
 
-def speedup(run: Run) -> float:
-    """How much less a run should have taken than one in which every step sees the full context.
+def call_flops(run: Run, kind: Kind, full: int, tokens: int, keys: int | None = None) -> tuple[int, int]:
+    """Operations of one cond in one call of the network over `full` tokens: as it ran, and with the full context.
 
-    Steps that a cache skipped are left out of both.
-    A pruned step runs its front layers in full, a reused one no layer.
+    A pruned call runs its front layers in full, a reused one no layer; the others see `tokens`, and `keys`.
     """
-    if not run.anchors:
-        return 1.0
-    layer = layer_flops(run.anchors[0].layout.tokens, run.hidden, run.linear)
-    full = taken = 0
-    for step in run.steps:
-        if step.kind == "skipped":
-            continue
-        full += run.depth * layer
-        shorter = {"pruned": run.depth - run.front_layers, "reused": run.depth}.get(step.kind, 0)
-        taken += (run.depth - shorter) * layer + shorter * layer_flops(step.tokens, run.hidden, run.linear, step.keys)
-    return full / taken if taken else 1.0
+    layer = layer_flops(full, run.hidden, run.linear)
+    shorter = {"pruned": run.depth - run.front_layers, "reused": run.depth}.get(kind, 0)
+    taken = (run.depth - shorter) * layer + shorter * layer_flops(tokens, run.hidden, run.linear, keys)
+    return taken, run.depth * layer
+
+
+def speedup(run: Run) -> float:
+    """How much less a run should have taken than one in which every call sees the full context.
+
+    A prompt without references weighs in both, calls that a cache answered in neither.
+    """
+    taken = sum(step.taken for step in run.steps)
+    return sum(step.full for step in run.steps) / taken if taken else 1.0

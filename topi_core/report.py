@@ -73,8 +73,6 @@ def why_nothing(run: Run) -> str | None:
         return "the sampler made no step that ToPi could take part in (the log says why)"
     if run.context_tokens == 0:
         return "no reference reached the model: connect ReferenceLatent, or a node like it, to the conditioning"
-    if s is None:
-        raise ValueError("a run that saw references must know its settings, this one has none")
     if not run.anchors:
         if run.no_room:
             return "there was no room for the references' keys and values: use fewer or smaller ones, or the mode prune"
@@ -120,6 +118,8 @@ def text(run: Run) -> str:
         forecast = "; from the second anchor on they were forecast" * run.forecast
         where = "; some of it in host memory, as the GPU had no room, which is slower" * run.offloaded
         lines += ["", f"{took}{forecast}{where}."]
+        if run.no_room:
+            lines.append("For some of the prompts there was no room: these ran in full.")
     return "\n".join(lines)
 
 

@@ -61,6 +61,7 @@ class Schedule:
     def due(self, step: int, last: int | None) -> bool:
         """Whether an active step must score anew; `last` is the step that was scored last.
 
-        An anchor that was missed, as an outer cache skipped its step, is due until it happens.
+        An anchor that was missed, as an outer cache skipped its step, is due until it happens. A sampler that adds
+        noise again and goes back has one where it goes on.
         """
-        return last is None or any(last < anchor <= step for anchor in self.anchors)
+        return last is None or step < last or any(last < anchor <= step for anchor in self.anchors)

@@ -75,6 +75,8 @@ class Step:
 
     A step is "skipped" when a cache inside of ToPi kept the network from running. `keys` are how many tokens its
     attention sees, where they are not those of the sequence: a "reused" step sees the kept ones without having them.
+    `taken` are the operations of an image in all of its calls, `full` what they are with the full context
+    (`cost.call_flops`).
     """
 
     index: int
@@ -83,6 +85,8 @@ class Step:
     tokens: int
     seconds: float
     keys: int | None = None
+    taken: int = 0
+    full: int = 0
 
 
 @dataclass(kw_only=True)
@@ -106,7 +110,7 @@ class Run(Sampled):
     `hidden` and `linear` are the model's width and its layers' linear operations, as `cost.layer_flops` wants them.
     `context_tokens` are the most that a call of the network had, whether or not they were ever scored; `cache_bytes`
     the most that its kept keys and values took, `forecast` says that these were forecast, `offloaded` that some lay in
-    host memory, and `no_room` that there was no memory for them at all.
+    host memory, and `no_room` that for some, or for all, there was no memory.
     `found` are the layers that the run found itself, at the step `found_at`, where its settings name none; the middle
     one, without a step, where every token is kept anyway.
     """

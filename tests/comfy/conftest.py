@@ -14,7 +14,7 @@ import torch
 from topi_demo.runtime import use_comfyui
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-EXTRA_NODES = ("easycache", "torch_compile", "custom_sampler", "edit_model", "flux")
+EXTRA_NODES = ("easycache", "torch_compile", "custom_sampler", "edit_model", "flux", "slg")
 
 pytest.register_assert_rewrite("oracle", "sampling")
 COMFYUI = use_comfyui()

@@ -34,6 +34,9 @@ class Selection:
 class Oracle:
     """A model with ToPi's meaning and none of its savings. `anchors` lists (step, kept tokens of each image)."""
 
+    added_text = 0
+    """Tokens that another patch puts before the prompt's, inside of the network."""
+
     def __init__(
         self,
         family: Family,
@@ -86,6 +89,7 @@ class Oracle:
             return executor(*args, **kwargs)
         x, text = args[0], args[3 if outside else 2]
         self.text = self.family.text_tokens if self.family.name == "flux2" else text.shape[1]
+        self.text += self.added_text
         self.target = self.tokens(x)
         self.context = sum(self.tokens(r) for r in refs)
         self.joint = self.text + self.target + self.context

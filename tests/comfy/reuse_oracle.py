@@ -48,7 +48,7 @@ class ReuseOracle(Oracle):
 
     def call(self, executor, *args, **kwargs):
         options = next(a for a in (*args, *kwargs.values()) if isinstance(a, dict) and "cond_or_uncond" in a)
-        self.conds = list(options["uuids"])
+        self.conds = list(zip(options["uuids"], options["cond_or_uncond"], strict=True))
         self.met: dict[int, int] = {}
         out = super().call(executor, *args, **kwargs)
         if self.rows is not None and self.record:

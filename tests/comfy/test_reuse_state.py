@@ -89,7 +89,7 @@ def test_without_room_the_run_goes_on_in_full_and_says_so(monkeypatch, caplog):
     assert torch.equal(sample(patched, positive, latent=start), expected)
     assert set(kinds(trace)) == {"full"}
     said = [r.getMessage() for r in caplog.records if "no room" in r.getMessage()]
-    assert said == ["ToPi: no room for 0.0 GB of keys and values, so this run goes on in full"]
+    assert said == ["ToPi: no room for 0.0 GB of keys and values, so what needs them runs in full"]
     report = run_node("ToPiReport", trace=trace, latent={"samples": expected})[0]
     assert "Nothing was reused: there was no room" in report
 

@@ -1,10 +1,8 @@
 import pytest
-import torch
 
 from topi_core.config import Settings
-from topi_core.cost import layer_flops, speedup
-from topi_core.layout import Layout
-from topi_core.trace import Anchor, Bits, Run, Step
+from topi_core.cost import call_flops, layer_flops, speedup
+from topi_core.trace import Run, Step
 
 
 def test_layer_flops_match_table_6_of_the_paper():
@@ -15,11 +13,12 @@ def test_layer_flops_match_table_6_of_the_paper():
 
 
 def run(kinds, tokens=100, kept=60, front=2, depth=10):
-    layout = Layout(10, (5, 8), ((5, 10),))
-    steps = [Step(i, 1.0, kind, kept if kind == "pruned" else tokens, 1.0) for i, kind in enumerate(kinds)]
-    anchors = [Anchor(0, 1.0, layout, (), Bits.of(torch.ones(1, 50)))]
-    settings = Settings(depth=depth, layers=(3,), front_layers=front)
-    return Run("flux1", settings, hidden=64, anchors=anchors, steps=steps)
+    made = Run("flux1", Settings(depth=depth, layers=(3,), front_layers=front), hidden=64)
+    for i, kind in enumerate(kinds):
+        short = kept if kind == "pruned" else tokens
+        flops = (0, 0) if kind == "skipped" else call_flops(made, kind, tokens, short)
+        made.steps.append(Step(i, 1.0, kind, short, 1.0, None, *flops))
+    return made
 
 
 def test_speedup_counts_front_layers_and_anchors_in_full():
@@ -28,6 +27,11 @@ def test_speedup_counts_front_layers_and_anchors_in_full():
     assert speedup(run(["anchor", "pruned"])) == pytest.approx(expected)
     assert speedup(run(["anchor", "pruned", "skipped"])) == pytest.approx(expected)
     assert speedup(run(["full", "anchor"])) == 1.0
+
+
+def test_a_reused_call_sees_keys_that_it_does_not_compute():
+    taken, full = call_flops(run([]), "reused", 100, 60, 100)
+    assert (taken, full) == (10 * layer_flops(60, 64, keys=100), 10 * layer_flops(100, 64))
 
 
 def test_a_run_without_anchors_saves_nothing():

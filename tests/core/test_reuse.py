@@ -4,11 +4,10 @@ import pytest
 import torch
 
 from topi_core.config import Settings
-from topi_core.cost import layer_flops, speedup
-from topi_core.layout import Layout
+from topi_core.cost import call_flops, layer_flops, speedup
 from topi_core.reuse import ContextCache, Line, extend, extend_mask, forecast_weight
 from topi_core.schedule import Schedule
-from topi_core.trace import Anchor, Bits, Run, Step
+from topi_core.trace import Run, Step
 
 CPU = torch.device("cpu")
 
@@ -171,10 +170,7 @@ def test_spacing_follows_the_mode_unless_it_is_given():
 def test_a_reused_step_costs_its_rows_and_its_keys():
     """By hand, for one layer of width 2: 100 tokens, of which 40 are context and 10 are kept."""
     assert layer_flops(60, 2, keys=70) == 4 * 60 * 70 * 2 + 24 * 60 * 4
-    layout = Layout(20, (5, 8), ((5, 8),))
-    kept = torch.arange(40)[None] < 10
-    anchor = Anchor(0, 1.0, layout, (), Bits.of(kept))
-    settings = Settings(depth=3, layers=(1,), front_layers=2, mode="reuse")
-    run = Run("flux1", settings, hidden=2, anchors=[anchor])
-    run.steps = [Step(0, 1.0, "anchor", 100, 1.0), Step(1, 0.5, "reused", 60, 1.0, 70)]
+    run = Run("flux1", Settings(depth=3, layers=(1,), front_layers=2, mode="reuse"), hidden=2)
+    for i, (kind, tokens, keys) in enumerate([("anchor", 100, None), ("reused", 60, 70)]):
+        run.steps.append(Step(i, 1.0, kind, tokens, 1.0, keys, *call_flops(run, kind, 100, tokens, keys)))
     assert speedup(run) == pytest.approx(2 * layer_flops(100, 2) / (layer_flops(100, 2) + layer_flops(60, 2, keys=70)))
