@@ -55,11 +55,14 @@ def summary(scenarios: tuple[Scenario, ...]) -> str:
 
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
-        "demo": lambda: demo.table(_rows("demo")),
         "fidelity": lambda: summary(README),
         "speed": lambda: speed.steps_table(_rows("speed")),
     },
-    "docs/demo_model.md": {"quality": lambda: _quality(0), "attention": lambda: _quality(1)},
+    "docs/demo_model.md": {
+        "quality": lambda: _quality(0),
+        "attention": lambda: _quality(1),
+        "demo": lambda: demo.table(_rows("demo")),
+    },
     "docs/fidelity.md": {"summary": lambda: summary(CORE), "tables": lambda: fidelity.markdown(_rows("fidelity"))},
 }
 

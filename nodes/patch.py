@@ -44,15 +44,15 @@ class ToPiPatch(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "update_interval", default=5, min=1, max=1000,
-                    tooltip="How many anchors a run has: one for every so many steps. At an anchor everything is "
-                    "computed. With prune they are evenly spaced, with reuse they stand where the noise level falls "
-                    "most: see spacing.",
+                    tooltip="Steps from one anchor to the next, on average; at an anchor everything is computed. 5 in "
+                    "20 steps are four anchors. Higher is faster, lower is nearer to the unpatched image. With prune "
+                    "they are evenly spaced, with reuse they stand where the noise level falls most: see spacing.",
                 ),
                 io.Combo.Input(
                     "mode", options=list(MODES), default="reuse",
                     tooltip="reuse: between anchors no reference token is computed, the picture sees their keys and "
-                    "values of the anchor; faster and closer to the unpatched image, for memory. prune: dropped tokens "
-                    "leave the sequence until the next anchor, as in the paper.",
+                    "values of the anchor; it takes memory, and on the demo model it is faster and closer to the "
+                    "unpatched image. prune: dropped tokens leave the sequence until the next anchor, as in the paper.",
                 ),
                 io.Combo.Input(
                     "profile", options=["auto", *profile_files.names()], default="auto",
@@ -99,8 +99,8 @@ class ToPiPatch(io.ComfyNode):
                 ),
                 io.Boolean.Input(
                     "forecast", default=True, advanced=True,
-                    tooltip="For reuse: between anchors the kept keys and values go on changing as they did from the "
-                    "last anchor but one to the last. Nearer to the unpatched image, for twice the memory.",
+                    tooltip="For reuse: between anchors keys and values go on along the line through the last two "
+                    "anchors, instead of standing still. Nearer to the unpatched image, for twice the memory.",
                 ),
             ],
             outputs=[

@@ -16,15 +16,15 @@ from .trace import SHORTER, Run
 class Figures:
     """Times are medians in seconds, None where no such step was timed; the first step pays for loading and is not.
 
-    `pruned` and `pruned_seconds` are about the steps that ToPi made shorter, in whichever mode.
+    `shorter` are the steps that are pruned or reused.
     """
 
     anchors: int
     full: int
-    pruned: int
+    shorter: int
     skipped: int
     full_seconds: float | None
-    pruned_seconds: float | None
+    shorter_seconds: float | None
     measured: float | None
     predicted: float
     scoring_seconds: float
@@ -38,22 +38,21 @@ def figures(run: Run) -> Figures:
         scoring[anchor.step] += anchor.seconds
     timed = run.steps[1:]
     full = _median(step.seconds - scoring.get(step.index, 0.0) for step in timed if step.kind in ("full", "anchor"))
-    pruned = _median(step.seconds for step in timed if step.kind in SHORTER)
+    shorter_seconds = _median(step.seconds for step in timed if step.kind in SHORTER)
     anchors, whole = kinds.count("anchor"), kinds.count("full")
     shorter = sum(kind in SHORTER for kind in kinds)
     measured = None
-    if full and pruned:
-        measured = (
-            full * (anchors + whole + shorter) / ((anchors + whole) * full + shorter * pruned + sum(scoring.values()))
-        )
+    if full and shorter_seconds:
+        taken = (anchors + whole) * full + shorter * shorter_seconds + sum(scoring.values())
+        measured = full * (anchors + whole + shorter) / taken
     total = sum(step.seconds for step in run.steps)
     return Figures(
         anchors=anchors,
         full=whole,
-        pruned=shorter,
+        shorter=shorter,
         skipped=kinds.count("skipped"),
         full_seconds=full,
-        pruned_seconds=pruned,
+        shorter_seconds=shorter_seconds,
         measured=measured,
         predicted=cost.speedup(run),
         scoring_seconds=_median(scoring.values()) or 0.0,
@@ -155,12 +154,12 @@ def _kept(counts: Sequence[int], tokens: int) -> str:
 
 def _step_rows(f: Figures, word: str, shorter: bool) -> list[list[str]]:
     rest = [f"{count} {kind}" for count, kind in ((f.full, "full"), (f.skipped, "skipped by a cache")) if count]
-    rows = [["steps", ", ".join([f"{f.anchors} anchor{'s' * (f.anchors != 1)}", f"{f.pruned} {word}", *rest])]]
+    rows = [["steps", ", ".join([f"{f.anchors} anchor{'s' * (f.anchors != 1)}", f"{f.shorter} {word}", *rest])]]
     rows.append(["full step", _seconds(f.full_seconds) or "not timed: only the first, which pays for loading"])
-    if f.pruned_seconds:
-        rows.append([f"{word} step", _seconds(f.pruned_seconds)])
-    if shorter and f.measured and f.full_seconds and f.pruned_seconds:
-        step = f.full_seconds / f.pruned_seconds
+    if f.shorter_seconds:
+        rows.append([f"{word} step", _seconds(f.shorter_seconds)])
+    if shorter and f.measured and f.full_seconds and f.shorter_seconds:
+        step = f.full_seconds / f.shorter_seconds
         rows.append(["speed-up", f"{f.measured:.2f}x the whole run, {step:.2f}x a {word} step"])
     if shorter:
         rows.append(["predicted", f"{f.predicted:.2f}x the whole run, by the count of operations"])

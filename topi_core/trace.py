@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Generic, Literal, TypeVar
 
 import torch
@@ -163,14 +164,10 @@ class Run(Sampled):
         full = self.seconds(("full", "anchor"))
         for kind in SHORTER:
             if full and (shorter := self.seconds((kind,))):
-                text += f"; a full step took {_mean(full):.3f} s, a {kind} one {_mean(shorter):.3f} s"
+                text += f"; a full step took {median(full):.3f} s, a {kind} one {median(shorter):.3f} s"
         if self.cache_bytes:
             text += f"; {self.cache_bytes / 1e6:.0f} MB of keys and values were kept"
         return text
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _marks(latent: Tensor) -> Tensor:

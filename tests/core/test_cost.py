@@ -1,7 +1,11 @@
+import re
+from pathlib import Path
+
 import pytest
 
 from topi_core.config import Settings
 from topi_core.cost import call_flops, layer_flops, speedup
+from topi_core.schedule import Schedule
 from topi_core.trace import Run, Step
 
 
@@ -36,3 +40,29 @@ def test_a_reused_call_sees_keys_that_it_does_not_compute():
 
 def test_a_run_without_anchors_saves_nothing():
     assert speedup(Run("flux1", Settings(depth=10, layers=(3,), front_layers=2))) == 1.0
+
+
+MODELS = {  # layers, width, linear operations
+    "FLUX.1 Kontext": (57, 3072, 24),
+    "FLUX.2 klein 4B": (25, 3072, 26),
+    "Qwen-Image-Edit": (60, 3072, 24),
+}
+
+
+def test_the_readmes_table_of_savings_and_memory():
+    """The defaults, references and picture of 1024 x 1024 pixels, 512 text tokens."""
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"\| (.+), (one|two|three)(?:, CFG (.+))? \| (\d+) \| (.+)x \| (.+) GB \| (.+) GB \|", readme)
+    assert len(rows) == 5
+    for model, references, guidance, steps, ratio, memory, forecast in rows:
+        depth, hidden, linear = MODELS[model]
+        context = 4096 * ["one", "two", "three"].index(references) + 4096
+        settings = Settings(depth=depth, layers=(3,), front_layers=0, mode="reuse")
+        made = Run("flux1", settings, hidden=hidden, linear=linear)
+        anchors = Schedule(tuple(1 - i / int(steps) for i in range(int(steps) + 1)), 5).anchors
+        for i in range(int(steps)):
+            kind, tokens = ("anchor", 4608 + context) if i in anchors else ("reused", 4608)
+            flops = call_flops(made, kind, 4608 + context, tokens, 4608 + context)
+            made.steps.append(Step(i, 1.0, kind, tokens, 1.0, None, *flops))
+        gigabytes = 2 * depth * context * hidden * 2 * (2 if "above" in guidance else 1) / 1e9
+        assert [ratio, memory, forecast] == [f"{speedup(made):.2f}", f"{gigabytes:.1f}", f"{2 * gigabytes:.1f}"]

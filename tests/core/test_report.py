@@ -27,9 +27,9 @@ def run(kinds, kept=(3, 1), tau=0.85, references=((2, 2),), **settings):
 
 def test_figures():
     f = figures(run(["anchor", "pruned", "pruned", "anchor", "pruned"]))
-    assert (f.anchors, f.pruned, f.full, f.skipped) == (2, 3, 0, 0)
+    assert (f.anchors, f.shorter, f.full, f.skipped) == (2, 3, 0, 0)
     assert f.full_seconds == pytest.approx(2.0)  # without the scoring
-    assert f.pruned_seconds == 1.0
+    assert f.shorter_seconds == 1.0
     assert f.measured == pytest.approx(2 * 5 / (2 * 2.0 + 3 * 1.0 + 2 * 0.1))
     assert f.scoring_seconds == pytest.approx(0.1)
     assert f.scoring_share == pytest.approx(0.2 / (7.1 + 3 * 1.0 + 2.1))
