@@ -26,7 +26,7 @@ from topi_core.metrics import psnr
 
 from . import codec, edits, text
 from .model import ARCHITECTURE
-from .provenance import setting
+from .provenance import read, setting
 from .runtime import use_comfyui
 
 RESULTS = Path(__file__).resolve().parent.parent / "bench" / "results" / "demo_quality.jsonl"
@@ -199,7 +199,7 @@ def main() -> None:
                       f"without the reference, {row['seconds']:.0f} s", flush=True)  # fmt: skip
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    print(markdown([json.loads(line) for line in args.out.read_text(encoding="utf-8").splitlines()]))
+    print(markdown(read(args.out)))
 
 
 if __name__ == "__main__":
