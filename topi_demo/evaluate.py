@@ -20,6 +20,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from topi_core.calibration import sensitivity
 from topi_core.influence import attention_received
 from topi_core.layout import Layout
 from topi_core.metrics import psnr
@@ -60,7 +61,7 @@ def held_out(kind: str, count: int, purpose: str = "held out") -> Edits:
 class AttentionShare:
     """Listens to ComfyUI's attention: the share of the target's attention that the references receive.
 
-    That is the sum over j of S_j (Eq. 3). `shares[step][layer]` is its mean over the images.
+    That is the context sensitivity. `shares[step][layer]` is its mean over the images.
     """
 
     def __init__(self, layout: Layout):
@@ -73,7 +74,7 @@ class AttentionShare:
         if layer == 0:
             self.shares.append({})
         received = attention_received(q, k, self.layout)  # [B, H, C]
-        self.shares[-1][layer] = received.sum(-1).mean().item() / self.layout.target_tokens
+        self.shares[-1][layer] = sensitivity(received, self.layout).mean().item()
         return attention(q, k, v, heads, *args, **options)
 
 
