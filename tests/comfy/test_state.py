@@ -166,11 +166,6 @@ def test_the_unpatched_model_beside_the_patched_one():
     assert torch.equal(sample(model, positive, latent=start), plain)
 
 
-def test_the_node_run_twice_gives_two_traces():
-    (_, one), (_, two) = patch(shared(FLUX1)), patch(shared(FLUX1))
-    assert one is not two
-
-
 @pytest.mark.parametrize("metric", ["influence", "attention", "similarity", "random"])
 def test_metrics_repeat_themselves_and_leave_the_global_random_state_alone(metric):
     patched, trace = patch(shared(FLUX1), tau=0.6, update_interval=2, metric=metric, **layer_inputs(FLUX1))
@@ -253,14 +248,21 @@ def test_tensors_do_not_pile_up():
 
 
 def test_two_patched_models_in_turns():
-    """Their runs alternate, their traces do not mix."""
-    one, first = patch(shared(FLUX1), tau=0.6, **layer_inputs(FLUX1))
-    two, second = patch(shared(QWEN), tau=0.9, **layer_inputs(QWEN))
+    """Their runs alternate: each is a fresh one's, bit by bit, and their traces do not mix."""
+
+    def patched(family):
+        return patch(shared(family), tau=0.6, **layer_inputs(family))
+
+    def image(model, family):
+        return sample(model, conditioning(family, [latent(family)]), latent=empty(family), steps=2)
+
+    models = {family: patched(family) for family in (FLUX1, QWEN)}
+    fresh = {family: image(patched(family)[0], family) for family in models}
     for _ in range(2):
-        sample(one, conditioning(FLUX1, [latent(FLUX1)]), latent=empty(FLUX1), steps=2)
-        sample(two, conditioning(QWEN, [latent(QWEN)]), latent=empty(QWEN), steps=2)
-    assert [run.family for run in first.runs] == ["flux1"] * 2
-    assert [run.family for run in second.runs] == ["qwen_image"] * 2
+        for family, (model, _) in models.items():
+            assert torch.equal(image(model, family), fresh[family])
+    for family, (_, trace) in models.items():
+        assert [run.family for run in trace.runs] == [family.name] * 2
 
 
 def test_a_run_is_the_same_after_another_model_was_compared():
@@ -268,3 +270,11 @@ def test_a_run_is_the_same_after_another_model_was_compared():
     positive, start = conditioning(FLUX1, [latent(FLUX1)]), empty(FLUX1)
     first = compare(FLUX1, shared(FLUX1), positive, latent=start)[0]
     assert torch.equal(compare(FLUX1, shared(FLUX1), positive, latent=start)[0], first)
+
+
+def test_a_model_on_several_gpus_is_refused():
+    """ComfyUI marks it in its options."""
+    patched, _ = patch(shared(FLUX1), **layer_inputs(FLUX1))
+    patched.model_options["multigpu_clones"] = {}
+    with pytest.raises(RuntimeError, match="sampled on several GPUs at once; remove one of the two"):
+        sample(patched, conditioning(FLUX1, [latent(FLUX1)]), latent=empty(FLUX1))
