@@ -10,11 +10,10 @@ import comfy.supported_models
 import pytest
 import torch
 from sampling import conditioning, empty, last_run, latent, patch, sample
-from small_models import FAMILIES, FLUX1, NETWORKS, QWEN, network_class, patcher, random_weights, shared
+from small_models import FLUX1, NETWORKS, QWEN, network_class, patcher, random_weights, shared
 
 import nodes
 
-by_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 SUPPORTED = ("FLUX.1", "FLUX.2", "Qwen-Image", "Mage-Flow", "JoyImage", "Krea 2", "OmniGen2", "Boogu")
 INPUTS = {  # id: (type, default, lowest, highest, advanced); workflows that people saved depend on all of it
     "model": ("MODEL", None, None, None, False),

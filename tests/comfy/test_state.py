@@ -12,37 +12,7 @@ from comfy.model_management import InterruptProcessingException
 from comfy.model_patcher import create_model_options_clone
 from oracle import compare
 from sampling import conditioning, empty, kept_sets, kinds, last_run, latent, layer_inputs, patch, sample
-from small_models import BOOGU, FAMILIES, FLUX1, KREA, QWEN, load, shared
-
-by_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
-
-
-def options(value) -> object:
-    """model_options with identities in place of what they hold."""
-    if isinstance(value, dict):
-        return {key: options(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [options(inner) for inner in value]
-    return id(value)
-
-
-def everything(model) -> dict:
-    """What could be left on a model: options, wrappers, patches, and attributes of modules and of their classes."""
-    modules = [model.model, *model.model.modules()]
-    return {
-        "options": options(model.model_options),
-        "wrappers": options(model.wrappers),
-        "callbacks": options(model.callbacks),
-        "patcher": set(vars(model)),
-        "patches": (set(model.patches), set(model.object_patches), set(model.attachments), set(model.injections)),
-        "modules": [set(vars(module)) for module in modules],
-        "hooks": [
-            [len(value) for name, value in vars(module).items() if name.endswith(("hooks", "hooks_with_kwargs"))]
-            for module in modules
-        ],
-        "classes": {type(module): {k: id(v) for k, v in vars(type(module)).items()} for module in modules},
-        "weights": {name: (id(w), w._version) for name, w in model.model.named_parameters()},
-    }
+from small_models import BOOGU, FLUX1, KREA, QWEN, by_family, everything, load, shared
 
 
 def hooked(model) -> list:
