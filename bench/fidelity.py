@@ -9,7 +9,6 @@ cost model's (appendix F); `bench.speed` measures them.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import time
 from pathlib import Path
@@ -22,13 +21,12 @@ from topi_core.metrics import psnr, ssim
 from topi_demo import codec
 from topi_demo.edits import GRAMMAR, GROUPS
 from topi_demo.evaluate import edit, held_out
-from topi_demo.provenance import setting
-from topi_demo.runtime import use_comfyui
+from topi_demo.provenance import read, setting
+from topi_demo.runtime import load_pack
 
 from .scenarios import CORE, README, SCENARIOS, SHORT, Scenario
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results" / "fidelity.jsonl"
+RESULTS = Path(__file__).resolve().parent / "results" / "fidelity.jsonl"
 SEED = 0
 
 
@@ -39,13 +37,9 @@ def kinds(count: int) -> dict[str, int]:
 
 def measure(scenarios: tuple[Scenario, ...], count: int, done: set[tuple]):
     """Rows of what is not in `done`, kind by kind, so that each full run is made once."""
-    use_comfyui()
-    import nodes
-
-    asyncio.run(nodes.load_custom_node(str(ROOT)))
+    node, _ = load_pack()
     import comfy_extras.nodes_easycache as easycache
 
-    node = nodes.NODE_CLASS_MAPPINGS
     model, clip, vae = node["ToPiDemoModel"].execute().result
     half = model.clone()
     half.set_model_compute_dtype(torch.bfloat16)
@@ -131,10 +125,6 @@ def markdown(rows: list[dict]) -> str:
     rows, names = best(rows), dict.fromkeys(s.table for s in SCENARIOS)
     present = [name for name in names if any(row["scenario"].startswith(name + ": ") for row in rows)]
     return "\n\n".join("\n".join(table(rows, name)) for name in present)
-
-
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean
 
 from topi_demo import demo, evaluate
+from topi_demo.provenance import read
 
 from . import fidelity, speed
 from .scenarios import CORE, README, Scenario
@@ -23,7 +24,7 @@ PLOT = ROOT / "docs" / "images" / "fidelity.png"
 
 
 def _rows(name: str) -> list[dict]:
-    return fidelity.read(RESULTS / f"{name}.jsonl")
+    return read(RESULTS / f"{name}.jsonl")
 
 
 def _quality(part: int) -> str:

@@ -8,7 +8,6 @@ larger one takes longer, and its record the same.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import statistics
 import time
@@ -18,40 +17,33 @@ from pathlib import Path
 import torch
 
 from topi_core.trace import Bits
+from topi_demo.evaluate import edit, held_out
 from topi_demo.provenance import setting
-from topi_demo.runtime import use_comfyui
+from topi_demo.runtime import load_pack
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results" / "record.jsonl"
-STEPS, REPEATS = 20, 50
+RESULTS = Path(__file__).resolve().parent / "results" / "record.jsonl"
+SEED, STEPS, REPEATS = 1, 20, 50
 
 
 def main() -> None:
     argparse.ArgumentParser(prog="python -m bench.record", description=__doc__.splitlines()[0]).parse_args()
-    use_comfyui()
-    import nodes
-
-    asyncio.run(nodes.load_custom_node(str(ROOT)))
-    node = nodes.NODE_CLASS_MAPPINGS
-    picture = import_module(".picture", node["ToPiPatch"].__module__.rpartition(".")[0]).picture
-    model, clip, vae = node["ToPiDemoModel"].execute().result
-    image, _ = node["ToPiDemoScene"].execute(seed=1, instruction="make it night").result
-    reference = nodes.VAEEncode().encode(vae, image)[0]
-    cond = nodes.CLIPTextEncode().encode(clip, "make it night")[0]
-    cond = [[features, values | {"reference_latents": [reference["samples"]]}] for features, values in cond]
-    model, trace = node["ToPiPatch"].execute(model, 0.85, 10, "prune", "auto").result
-    empty = {"samples": torch.zeros_like(reference["samples"])}
+    known, pack = load_pack()
+    picture = import_module(f"{pack.__name__}.picture").picture
+    model, clip, vae = known["ToPiDemoModel"].execute().result
+    batch = held_out("night", 1)
+    reference = vae.encode(batch.references[0].movedim(1, -1))  # as large as the result
+    model, trace = known["ToPiPatch"].execute(model, 0.85, 10, "prune", "auto").result
     with torch.inference_mode():
         for _ in range(3):
-            latent = nodes.KSampler().sample(model, 1, STEPS, 1.0, "euler", "simple", cond, cond, empty)[0]
+            edit((model, clip, vae), batch, SEED, STEPS)
     run = trace.runs[-1]
 
     def record() -> float:
         started = time.perf_counter()
-        picture(reference["samples"], model.get_model_object("latent_format"))
+        picture(reference, model.get_model_object("latent_format"))
         for anchor in run.anchors:
             Bits.of(anchor.kept)
-        run.finish(latent["samples"])
+        run.finish(reference)
         return time.perf_counter() - started
 
     record_seconds = statistics.median(record() for _ in range(REPEATS))

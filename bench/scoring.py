@@ -14,27 +14,22 @@ from pathlib import Path
 
 import torch
 
+from topi_demo.evaluate import edit, held_out
 from topi_demo.provenance import setting
 from topi_demo.runtime import load_pack
 
 RESULTS = Path(__file__).resolve().parent / "results" / "scoring.jsonl"
-STEPS, REPEATS = 20, 11
+SEED, STEPS, REPEATS = 1, 20, 11
 
 
 def main() -> None:
     argparse.ArgumentParser(prog="python -m bench.scoring", description=__doc__.splitlines()[0]).parse_args()
     known, pack = load_pack()
-    import nodes
-
     attach, families = (import_module(f"{pack.__name__}.{name}") for name in ("attach", "families"))
     core = pack.__name__.rpartition(".")[0] + ".topi_core"
     config, trace, profiles = (import_module(f"{core}.{name}") for name in ("config", "trace", "profiles"))
     model, clip, vae = known["ToPiDemoModel"].execute().result
-    image, _ = known["ToPiDemoScene"].execute(seed=1, instruction="make it night").result
-    reference = nodes.VAEEncode().encode(vae, image)[0]
-    cond = nodes.CLIPTextEncode().encode(clip, "make it night")[0]
-    cond = [[features, values | {"reference_latents": [reference["samples"]]}] for features, values in cond]
-    empty = {"samples": torch.zeros_like(reference["samples"])}
+    batch = held_out("night", 1)
     profile = profiles.read(profiles.shipped()["topi-demo"], "topi-demo")
     family = families.family_of(model.get_model_object("diffusion_model"))
 
@@ -46,7 +41,7 @@ def main() -> None:
     with torch.inference_mode():
         for _ in range(REPEATS + 1):
             for each in models:
-                nodes.KSampler().sample(each, 1, STEPS, 1.0, "euler", "simple", cond, cond, empty)
+                edit((each, clip, vae), batch, SEED, STEPS)
 
     row = {"what": "scoring", "depth": profile.depth, "steps": STEPS, "repeats": REPEATS}
     for name, each in traces.items():

@@ -11,7 +11,6 @@ On a CPU the same command runs a few blocks of the true width in float32, and it
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import time
 from collections import defaultdict
@@ -24,11 +23,10 @@ from statistics import median
 import torch
 
 from topi_core.cost import layer_flops
-from topi_demo.provenance import setting
-from topi_demo.runtime import use_comfyui
+from topi_demo.provenance import read, setting
+from topi_demo.runtime import load_pack
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results" / "speed.jsonl"
+RESULTS = Path(__file__).resolve().parent / "results" / "speed.jsonl"
 STEP_COUNTS = (4, 8, 20, 40)
 ANCHORS_EVERY = 5
 
@@ -302,13 +300,10 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only print the table of the results that are there")
     args = parser.parse_args()
     if not args.table:
-        use_comfyui()
-        import nodes
-
-        asyncio.run(nodes.load_custom_node(str(ROOT)))
+        known, _ = load_pack()
 
         def patch(model, **inputs):
-            return nodes.NODE_CLASS_MAPPINGS["ToPiPatch"].execute(model, **inputs).result
+            return known["ToPiPatch"].execute(model, **inputs).result
 
         whole = args.whole or torch.cuda.is_available()
         args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -325,7 +320,7 @@ def main() -> None:
                     file.flush()
                     print(steps_table([row]).splitlines()[-1], flush=True)
                 del model
-    rows = [json.loads(line) for line in args.out.read_text(encoding="utf-8").splitlines()]
+    rows = read(args.out)
     print(steps_table(rows), runs_table(rows), sep="\n\n")
 
 

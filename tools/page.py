@@ -19,7 +19,7 @@ OPTIONS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-PACK = "comfyui-topi"
+PACK_NAME = "comfyui-topi"
 SETTINGS = {
     "Comfy.TutorialCompleted": True,
     "Comfy.Minimap.Visible": False,  # two cores draw all this without a GPU
@@ -93,13 +93,13 @@ class Page:
         self.wait("window.app?.rootGraph?.nodes && app.extensionManager?.workflow?.activeWorkflow")
         self.run(HELPERS)
 
-    def browse_templates(self, pack: str) -> None:
+    def browse_templates(self) -> None:
         """In the template browser each pack has an entry of its own."""
         self.page.get_by_role("button", name="Templates").first.click()
-        self.page.get_by_role("dialog").get_by_role("button", name=pack).click()
+        self.page.get_by_role("dialog").get_by_role("button", name=PACK_NAME).click()
 
-    def load_template(self, pack: str, name: str) -> None:
-        self.browse_templates(pack)
+    def load_template(self, name: str) -> None:
+        self.browse_templates()
         before = self.run("app.extensionManager.workflow.activeWorkflow.path")
         self.page.get_by_test_id(f"template-workflow-{name}").click()
         active = "app.extensionManager.workflow.activeWorkflow"  # of a second one the name ends with its number

@@ -17,7 +17,7 @@ from PIL import Image
 from topi_demo.runtime import comfyui_dir
 from topi_demo.server import Server, running
 
-from .page import PACK, Page, browser
+from .page import PACK_NAME, Page, browser
 from .setup import CHROMIUM
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,12 +76,12 @@ def main() -> None:
     parser.add_argument("nodes", nargs="*", help=f"of {', '.join(NODES)}; without any, all of them")
     names = parser.parse_args().nodes
     chromium = next(filter(None, map(shutil.which, CHROMIUM)))
-    with tempfile.TemporaryDirectory() as folder, running(Path(folder, "log.txt"), PACK) as server:
+    with tempfile.TemporaryDirectory() as folder, running(Path(folder, "log.txt"), PACK_NAME) as server:
         pretend_to_have_models(server)
         with browser(chromium, Path(folder, "profile"), height=1000) as context:
             page = Page(context.pages[0], server.address)
             page.open(vue=True)
-            page.load_template(PACK, "topi_quickstart_demo")
+            page.load_template("topi_quickstart_demo")
             page.run(f"() => {{{ADD_COMPARE} {ADD_CALIBRATION}}}")
             page.queue()
             for name in names or NODES:
@@ -116,7 +116,7 @@ def thumbnails(page: Page) -> None:
     page.page.set_viewport_size(LARGE)
     page.open(vue=False, settings={"LiteGraph.Canvas.MinFontSizeForLOD": 0, "Comfy.Graph.CanvasInfo": False})
     for name in sorted(path.stem for path in WORKFLOWS.glob("*.json") if path.stem != QUICKSTART):
-        page.load_template(PACK, name)
+        page.load_template(name)
         if name == CALIBRATE:
             page.queue(view=None)
         page.run("app.extensionManager.command.execute('Workspace.ToggleFocusMode')")

@@ -160,14 +160,14 @@ def comfyui_version(folder: Path) -> str | None:
     return found and found[1]
 
 
-def provide_comfyui(root: Path, version: str, environment: Environment) -> Path:
+def provide_comfyui(root: Path, environment: Environment) -> Path:
     """The folder of COMFYUI_DIR, or of the release, fetched if it is not there."""
     if os.environ.get("COMFYUI_DIR"):
         folder = Path(os.environ["COMFYUI_DIR"])
         if comfyui_version(folder) is None or not (folder / "requirements.txt").is_file():
             raise SetupError(f"COMFYUI_DIR is {folder}, and there is no ComfyUI in it")
         return folder
-    return provide_release(root, version, environment)
+    return provide_release(root, COMFYUI, environment)
 
 
 def provide_release(root: Path, version: str, environment: Environment) -> Path:
@@ -207,7 +207,7 @@ def link_pack(root: Path) -> None:
         link.symlink_to(Path("..", "..", ".."), target_is_directory=True)  # relative: the repository may be moved
 
 
-def set_up(root: Path, goal: str, version: str, disk_gb: float) -> None:
+def set_up(root: Path, goal: str, disk_gb: float) -> None:
     """Do what is missing for the goal.
 
     "all"; "lint", which needs no ComfyUI and no torch; or, beside "all", "browser" and "oldest": the oldest ComfyUI,
@@ -229,7 +229,7 @@ def set_up(root: Path, goal: str, version: str, disk_gb: float) -> None:
     if goal == "lint":
         names, flag, files = ("ruff",), "--constraint", (pins,)
     else:
-        comfyui = provide_comfyui(root, version, environment)
+        comfyui = provide_comfyui(root, environment)
         link_pack(root)
         names, flag, files = TORCH, "--requirement", (comfyui / "requirements.txt", pins)
 
@@ -250,7 +250,6 @@ def say(line: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("goal", nargs="?", choices=list(DISK_GB), default="all")
-    parser.add_argument("--comfyui", choices=list(RELEASES), default=COMFYUI, help="the version to fetch")
     parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parent.parent, help="the repository")
     parser.add_argument("--disk", type=float, metavar="GB", help="free disk to ask for before anything is installed")
     options = parser.parse_args()
@@ -259,7 +258,7 @@ def main() -> int:
         root = options.root.resolve()
         lock = os.open(root, os.O_RDONLY)  # two calls at once: the second waits, and finds all done
         fcntl.flock(lock, fcntl.LOCK_EX)
-        set_up(root, options.goal, options.comfyui, DISK_GB[options.goal] if options.disk is None else options.disk)
+        set_up(root, options.goal, DISK_GB[options.goal] if options.disk is None else options.disk)
     except (SetupError, OSError, tarfile.TarError) as error:
         print(f"setup: {error}", file=sys.stderr)
         return 1

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
+from .influence import target_aware_score
 from .layout import Layout
 from .trace import Sampled
 
@@ -31,10 +32,11 @@ def sensitivity_plain(q: Tensor, k: Tensor, layout: Layout, mask: Tensor | None 
 def sensitivity(received: Tensor, layout: Layout) -> Tensor:
     """Context sensitivity of one layer, from `attention_received` [B, H, C] -> [B], in [0, 1].
 
-    It is Eq. 4 by head and target row: the share of the target's attention that the context receives, which is what
-    Fig. 1 shows. The order of the layers is the same, and a large image counts no more than a small one.
+    It is Eq. 4 by head and target row, the sum of all S_j (Eq. 3): the share of the target's attention that the context
+    receives, which is what Fig. 1 shows. The order of the layers is the same, and a large image counts no more than a
+    small one.
     """
-    return received.sum((1, 2)) / (received.shape[1] * layout.target_tokens)
+    return target_aware_score(received, layout).sum(1)
 
 
 def top_layers(sensitivity: Tensor, m: int) -> tuple[int, ...]:

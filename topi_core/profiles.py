@@ -194,6 +194,10 @@ def write_published() -> None:
         write(profile, FOLDER / f"{name}{SUFFIX}")
 
 
-if __name__ == "__main__":
+def main() -> None:
     argparse.ArgumentParser(prog="python -m topi_core.profiles", description=write_published.__doc__).parse_args()
     write_published()
+
+
+if __name__ == "__main__":
+    main()

@@ -23,7 +23,7 @@ MEAN = (-1.213, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.351, 0.0, 0.0, 0.0, -0.007,
 STD = (4.625, 0.702, 0.702, 0.361, 0.322, 0.322, 0.200, 0.200, 2.849, 0.520, 0.520, 0.241, 1.673, 0.322, 0.322, 0.148)
 
 
-def _basis() -> Tensor:
+def basis() -> Tensor:
     """[16, 3, 8, 8]: each channel's DCT basis function, in orthonormal luma and chroma axes of RGB."""
     grid = torch.arange(BLOCK) + 0.5
     waves = torch.stack(
@@ -39,15 +39,14 @@ def _basis() -> Tensor:
 
 def encode(image: Tensor) -> Tensor:
     """image [B, 3, H, W] in 0..1, H and W multiples of 8 -> latent [B, 16, H/8, W/8]."""
-    basis = _basis().to(image)
-    latent = F.conv2d(image * 2 - 1, basis, stride=BLOCK)
+    latent = F.conv2d(image * 2 - 1, basis().to(image), stride=BLOCK)
     return (latent - _column(MEAN, latent)) / _column(STD, latent)
 
 
 def decode(latent: Tensor) -> Tensor:
     """latent [B, 16, h, w] -> image [B, 3, 8h, 8w], clamped to 0..1."""
-    basis = _basis().to(latent)
-    image = F.conv_transpose2d(latent * _column(STD, latent) + _column(MEAN, latent), basis, stride=BLOCK)
+    scaled = latent * _column(STD, latent) + _column(MEAN, latent)
+    image = F.conv_transpose2d(scaled, basis().to(latent), stride=BLOCK)
     return ((image + 1) / 2).clamp(0, 1)
 
 

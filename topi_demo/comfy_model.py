@@ -53,7 +53,7 @@ class Latent(comfy.latent_formats.LatentFormat):
     latent_channels = codec.CHANNELS
 
     def __init__(self):
-        colours = codec._basis().mean((2, 3))  # [16, 3]
+        colours = codec.basis().mean((2, 3))  # [16, 3]
         self.latent_rgb_factors = (colours * torch.tensor(codec.STD)[:, None]).tolist()
         self.latent_rgb_factors_bias = (torch.tensor(codec.MEAN) @ colours).tolist()
 

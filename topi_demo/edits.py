@@ -23,7 +23,7 @@ MOVE = 0.25
 SHIFT = 0.125
 ZOOM = 1.5
 
-_SLOTS = {
+SLOTS = {
     "shape": SHAPES,
     "other": SHAPES,
     "colour": tuple(COLOURS),
@@ -75,7 +75,7 @@ def parse(instruction: str) -> Edit:
     """The edit that an instruction asks for; ValueError with the grammar when it is none."""
     text = " ".join(re.sub(r"[.,!]", " ", instruction.lower()).split())
     for kind, (_, sentence) in GRAMMAR.items():
-        pattern = re.sub(r"\{(\w+)\}", lambda m: f"(?P<{m[1]}>{'|'.join(_SLOTS[m[1]])})", sentence)
+        pattern = re.sub(r"\{(\w+)\}", lambda m: f"(?P<{m[1]}>{'|'.join(SLOTS[m[1]])})", sentence)
         if match := re.fullmatch(pattern, text):
             return Edit(kind, match.groupdict())
     known = "; ".join(sentence for _, sentence in GRAMMAR.values())
@@ -84,7 +84,7 @@ def parse(instruction: str) -> Edit:
 
 def random_edit(rng: random.Random, kind: str) -> Edit:
     names = re.findall(r"\{(\w+)\}", GRAMMAR[kind][1])
-    words = {name: rng.choice(_SLOTS[name]) for name in names}
+    words = {name: rng.choice(SLOTS[name]) for name in names}
     while kind in ("replace", "put two") and words["other"] == words["shape"]:
         words["other"] = rng.choice(SHAPES)
     return Edit(kind, words)

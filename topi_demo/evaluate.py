@@ -20,13 +20,14 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from topi_core.calibration import sensitivity
 from topi_core.influence import attention_received
 from topi_core.layout import Layout
 from topi_core.metrics import psnr
 
 from . import codec, edits, text
 from .model import ARCHITECTURE
-from .provenance import setting
+from .provenance import read, setting
 from .runtime import use_comfyui
 
 RESULTS = Path(__file__).resolve().parent.parent / "bench" / "results" / "demo_quality.jsonl"
@@ -60,7 +61,7 @@ def held_out(kind: str, count: int, purpose: str = "held out") -> Edits:
 class AttentionShare:
     """Listens to ComfyUI's attention: the share of the target's attention that the references receive.
 
-    That is the sum over j of S_j (Eq. 3). `shares[step][layer]` is its mean over the images.
+    That is the context sensitivity. `shares[step][layer]` is its mean over the images.
     """
 
     def __init__(self, layout: Layout):
@@ -73,7 +74,7 @@ class AttentionShare:
         if layer == 0:
             self.shares.append({})
         received = attention_received(q, k, self.layout)  # [B, H, C]
-        self.shares[-1][layer] = received.sum(-1).mean().item() / self.layout.target_tokens
+        self.shares[-1][layer] = sensitivity(received, self.layout).mean().item()
         return attention(q, k, v, heads, *args, **options)
 
 
@@ -199,7 +200,7 @@ def main() -> None:
                       f"without the reference, {row['seconds']:.0f} s", flush=True)  # fmt: skip
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    print(markdown([json.loads(line) for line in args.out.read_text(encoding="utf-8").splitlines()]))
+    print(markdown(read(args.out)))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""What a measured row must say about where it comes from."""
+"""Rows of measurements: what they must say about where they come from, and how they are read."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import re
@@ -24,6 +25,11 @@ def setting() -> dict:
         "cpu": f"{os.cpu_count()} cores, {_processor()}",
         "versions": {"comfyui": VERSION, "torch": torch.__version__, "python": platform.python_version()},
     }
+
+
+def read(path: Path) -> list[dict]:
+    """The rows of a file of JSON lines; none where it is not there yet."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def _processor() -> str:

@@ -37,12 +37,13 @@ def use_comfyui() -> Path:
 
 
 def load_pack() -> tuple[dict[str, type], ModuleType]:
-    """The nodes of ComfyUI and this pack in this process, and the pack's package as ComfyUI names it."""
+    """The nodes of ComfyUI and this pack in this process, and the package of the pack's nodes as ComfyUI names it."""
     use_comfyui()
     import nodes
 
-    asyncio.run(nodes.load_custom_node(str(PACK)))
     known = nodes.NODE_CLASS_MAPPINGS
+    if "ToPiPatch" not in known:
+        asyncio.run(nodes.load_custom_node(str(PACK)))
     return known, sys.modules[known["ToPiPatch"].__module__.rpartition(".")[0]]
 
 

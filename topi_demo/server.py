@@ -22,9 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .runtime import comfyui_dir
-
-PACK = Path(__file__).resolve().parent.parent
+from .runtime import PACK, comfyui_dir
 
 
 class ServerError(Exception):

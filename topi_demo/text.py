@@ -10,7 +10,7 @@ import re
 import torch
 from torch import Tensor, nn
 
-from .edits import _SLOTS, GRAMMAR
+from .edits import GRAMMAR, SLOTS
 
 LENGTH = 18
 WIDTH = 128
@@ -19,7 +19,7 @@ _EXTRA = ("a", "an", "and", "on", "striped", "background")
 VOCABULARY: tuple[str, ...] = tuple(
     sorted(
         {word for _, sentence in GRAMMAR.values() for word in re.sub(r"\{\w+\}", "", sentence).split()}
-        | {word for words in _SLOTS.values() for word in words}
+        | {word for words in SLOTS.values() for word in words}
         | set(_EXTRA)
     )
 )

@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import codec, edits, text
-from .model import ARCHITECTURE, RANK, SHIFT, WEIGHTS, new_model, restore, storable
+from .model import ARCHITECTURE, SHIFT, TEXT_ENCODER, WEIGHTS
+from .runtime import use_comfyui
 from .scenes import SHAPES, coverage, draw, random_scene
 
 # Share of the batches by what they hold: (references, side in pixels, batch relative to the 128 pixel one) -> weight.
@@ -46,6 +47,7 @@ LOCAL_WEIGHT = 8.0  # how much more a latent cell counts where a local edit chan
 DROP_TEXT = 0.05
 HINT_LAYER = 2  # the single block whose output the head reads
 HINT_WEIGHT = 0.1
+RANK = 16  # of the modulation matrices
 COVERED = 0.3  # a token is of a shape that covers as much of it
 # Which object an edit means is decided while the picture is still noise: later, the noisy target itself shows it.
 EARLY_SHARE, EARLY = 0.4, 0.7  # so this share of the edits is seen at times from here to 1
@@ -120,6 +122,67 @@ def _cell_weight(target: Tensor, references: list[Tensor]) -> Tensor:
     local = (changed.mean((1, 2, 3), keepdim=True) < 0.5).float()
     weight = 1 + (LOCAL_WEIGHT - 1) * changed * local
     return weight / weight.mean((1, 2, 3), keepdim=True)
+
+
+class LowRankLinear(nn.Module):
+    """Linear layer whose weight is `up @ down`: [out, RANK] @ [RANK, in]."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.down = nn.Parameter(linear.weight.detach()[:RANK].clone())
+        self.up = nn.Parameter(torch.zeros(linear.out_features, RANK))
+        self.bias = nn.Parameter(torch.zeros(linear.out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.down.mT @ self.up.mT + self.bias
+
+
+class _TrainingOps:
+    """The `operations` that ComfyUI's Flux is built from, fit for a backward pass.
+
+    Flux adds to its hidden states in place, so a layer norm must not keep them for its gradient.
+    """
+
+    Linear = nn.Linear
+    RMSNorm = nn.RMSNorm
+
+    class LayerNorm(nn.LayerNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.clone())
+
+
+def new_model() -> nn.Module:
+    """A fresh, trainable Flux with low-rank modulation, in float32."""
+    use_comfyui()
+    import comfy.ldm.flux.model
+    import comfy.model_management
+
+    comfy.model_management.in_training = True  # plain RoPE, which has a gradient
+    model = comfy.ldm.flux.model.Flux(dtype=torch.float32, device="cpu", operations=_TrainingOps, **ARCHITECTURE)
+    for module in list(model.modules()):
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+    for block in model.double_blocks:
+        block.img_mod.lin = LowRankLinear(block.img_mod.lin)
+        block.txt_mod.lin = LowRankLinear(block.txt_mod.lin)
+    for block in model.single_blocks:
+        block.modulation.lin = LowRankLinear(block.modulation.lin)
+    model.final_layer.adaLN_modulation[1] = LowRankLinear(model.final_layer.adaLN_modulation[1])
+    nn.init.zeros_(model.final_layer.linear.weight)
+    return model
+
+
+def storable(model: nn.Module, words: text.TextEncoder) -> dict[str, Tensor]:
+    """Both state dicts as one, in float16, as the weight file holds them."""
+    tensors = dict(model.state_dict()) | {TEXT_ENCODER + k: v for k, v in words.state_dict().items()}
+    return {k: v.to(torch.float16).contiguous() for k, v in tensors.items()}
+
+
+def restore(model: nn.Module, words: text.TextEncoder, tensors: dict[str, Tensor]) -> None:
+    """Puts what `storable` gave back into a trainable model and its text encoder."""
+    model.load_state_dict({k: v for k, v in tensors.items() if not k.startswith(TEXT_ENCODER)})
+    words.load_state_dict({k.removeprefix(TEXT_ENCODER): v for k, v in tensors.items() if k.startswith(TEXT_ENCODER)})
 
 
 class Hint(nn.Module):

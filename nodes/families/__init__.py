@@ -24,7 +24,7 @@ def family_of(network: nn.Module) -> Family:
     for family in FAMILIES:
         if family.matches(network):
             return family
-    supported = ", ".join(f"{family.label}" for family in FAMILIES)
+    supported = ", ".join(family.label for family in FAMILIES)
     raise ValueError(
         f"ToPi cannot prune a model of the class {class_of(network)}; supported are ComfyUI's own {supported}"
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import BrowserContext
 
-from tools.page import PACK, Page, browser
+from tools.page import PACK_NAME, Page, browser
 from tools.setup import CHROMIUM
 from topi_demo.server import Server, running
 
@@ -29,7 +29,7 @@ STAND_INS = Path(__file__).parent / "standins"
 @pytest.fixture(scope="session")
 def server(tmp_path_factory) -> Iterator[Server]:
     """With small models in the place of the real ones, for the workflows that load those."""
-    with running(tmp_path_factory.mktemp("server") / "log.txt", PACK, others=(STAND_INS,)) as server:
+    with running(tmp_path_factory.mktemp("server") / "log.txt", PACK_NAME, others=(STAND_INS,)) as server:
         yield server
 
 
@@ -52,7 +52,7 @@ def page(request, context, server) -> Iterator[Page]:
     """The quickstart, loaded from the template browser and run, in short."""
     page = Page(context.new_page(), server.address)
     page.open(vue=request.param == "vue")
-    page.load_template(PACK, "topi_quickstart_demo")
+    page.load_template("topi_quickstart_demo")
     for type_, name, value in (
         ("KSampler", "steps", 4), ("ToPiPatch", "update_interval", 2), ("ToPiPatch", "tau", 0.6),
         ("ToPiMaskPreview", "opacity", 1.0),

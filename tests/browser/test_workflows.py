@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tools.page import PACK, Page
+from tools.page import Page
 from topi_demo.server import Result, ServerError
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
@@ -218,7 +218,7 @@ def models_of(workflow: dict) -> set[tuple[str, str, str]]:
 
 @pytest.mark.parametrize("name", OURS)
 def test_an_example_runs_as_it_is_opened(opened, run, info, name):
-    opened.load_template(PACK, name)
+    opened.load_template(name)
     prompt = on_the_page(opened)
     assert faults(prompt, info) == []
     outputs = run(with_stand_ins(prompt)).outputs
@@ -235,7 +235,7 @@ def test_an_example_runs_as_it_is_opened(opened, run, info, name):
 
 def test_the_examples_are_listed_with_their_pictures(opened):
     """In the template browser; a missing picture would be shown as a broken one."""
-    opened.browse_templates(PACK)
+    opened.browse_templates()
     for name in OURS:
         card = opened.page.get_by_test_id(f"template-workflow-{name}")
         card.scroll_into_view_if_needed()  # the page loads a picture when its card is seen
@@ -248,12 +248,12 @@ def test_the_examples_are_listed_with_their_pictures(opened):
 
 def test_an_example_opened_afresh_shows_no_earlier_run(opened, context, server):
     """The page looks up the results of a workflow by its id, which a template must not bring along."""
-    opened.load_template(PACK, "topi_quickstart_demo")
+    opened.load_template("topi_quickstart_demo")
     opened.set("KSampler", "steps", 2)
     opened.queue()
     afresh = Page(context.new_page(), server.address)
     afresh.open(vue=False)
-    afresh.load_template(PACK, "topi_quickstart_demo")
+    afresh.load_template("topi_quickstart_demo")
     afresh.page.wait_for_timeout(3000)
     assert afresh.run("topiTest.images('ToPiMaskPreview').length") == 0
     afresh.page.close()

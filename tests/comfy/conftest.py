@@ -16,7 +16,7 @@ from topi_demo.runtime import use_comfyui
 ROOT = Path(__file__).resolve().parent.parent.parent
 EXTRA_NODES = ("easycache", "torch_compile", "custom_sampler", "edit_model", "flux", "slg")
 
-pytest.register_assert_rewrite("oracle", "sampling")
+pytest.register_assert_rewrite("oracle", "reuse_oracle", "sampling")
 COMFYUI = use_comfyui()
 
 import comfy.cli_args  # noqa: E402 (use_comfyui makes it importable)

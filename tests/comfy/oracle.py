@@ -181,14 +181,14 @@ class Oracle:
         hidden = torch.zeros(k.shape[0], k.shape[dim], dtype=k.dtype)
         hidden[:, context].masked_fill_(~self.kept, HIDDEN)
         hidden = hidden[:, None, None]
-        return hidden if mask is None else hidden + _four_axes(mask)
+        return hidden if mask is None else hidden + four_axes(mask)
 
     def score(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         """Eq. 9, one head of one row at a time."""
         target, context = self.place("t", self.joint), self.place("c", self.joint)
         shared = q.shape[1] // k.shape[1]  # heads of queries that use the same keys
         if mask is not None:
-            mask = _four_axes(mask).double().expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+            mask = four_axes(mask).double().expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
         for row, (selection, image) in enumerate(self.rows):
             for head in range(q.shape[1]):
                 keys, values = k[row, head // shared].double(), v[row, head // shared].double()
@@ -234,7 +234,7 @@ def _heads_first(x: Tensor, heads: int) -> Tensor:
     return x.reshape(*x.shape[:2], heads, -1).movedim(2, 1)
 
 
-def _four_axes(mask: Tensor) -> Tensor:
+def four_axes(mask: Tensor) -> Tensor:
     """[B, heads, queries, keys] of any mask that ComfyUI's attention takes."""
     if mask.ndim == 2:
         mask = mask[None]

@@ -117,7 +117,14 @@ class ReuseOracle(Oracle):
 
 
 def compare_reuse(
-    family: Family, model, positive: list, negative: list | None = None, *, inputs: dict | None = None, **sampling
+    family: Family,
+    model,
+    positive: list,
+    negative: list | None = None,
+    *,
+    inputs: dict | None = None,
+    rounding: float = FLOAT_ERROR,
+    **sampling,
 ) -> tuple[Tensor, object]:
     """Samples in the mode "reuse" with ToPi Patch and with the oracle: the same tokens, and the same image."""
     inputs = {"tau": 0.8, "update_interval": 3} | (inputs or {})
@@ -126,6 +133,6 @@ def compare_reuse(
     oracle = ReuseOracle(family, **inputs)
     expected = sample(oracle.attach(model), positive, negative, **sampling)
     assert kept_sets(trace) == oracle.anchors
-    assert difference(image, expected) < FLOAT_ERROR
+    assert difference(image, expected) < rounding
     assert set(kinds(trace)) <= {"full", "anchor", "reused"} and "reused" in kinds(trace)
     return image, trace

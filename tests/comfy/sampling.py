@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import comfy.sample
 import comfyui_version
 import node_helpers
@@ -87,12 +89,29 @@ def run_node(name: str, /, **inputs) -> tuple:
     return node.execute(**(known | inputs)).result
 
 
+def pack_module(name: str):
+    """A module of the pack as ComfyUI loaded it."""
+    pack = nodes.NODE_CLASS_MAPPINGS["ToPiPatch"].__module__.removesuffix(".nodes.patch")
+    return importlib.import_module(f"{pack}.{name}")
+
+
+CACHE = {"reuse_threshold": 1.2, "start_percent": 0.1, "end_percent": 0.95}  # of EasyCache and LazyCache
 PAPER = {"tau": 0.85, "update_interval": 10, "mode": "prune"}
 
 
 def patch(model, **inputs) -> tuple:
     """ToPi Patch -> (model, trace); the paper's settings, unless others are given."""
     return run_node("ToPiPatch", model=model, **PAPER | inputs)
+
+
+def calibrate(model, top_m=3):
+    """ToPi Calibrate -> (model, calibration)."""
+    return run_node("ToPiCalibrate", model=model, top_m=top_m)
+
+
+def last_calibration(calibrating):
+    """What the newest run tells."""
+    return calibrating.trace.runs[-1].calibration()
 
 
 def layer_inputs(family: Family, front_layers: int | None = None) -> dict:

@@ -1,4 +1,4 @@
-"""Small random models of every family, in ComfyUI's own classes.
+"""Small random models of every family, in ComfyUI's own classes, and what tests put on them.
 
 Their attention is far from uniform and no modulation is zero, so that a token dropped by mistake shows in the image.
 """
@@ -16,7 +16,9 @@ import comfy.supported_models
 import comfyui_version
 import pytest
 import torch
+from comfy.controlnet import ControlBase
 from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 from topi_demo.runtime import VERSION
@@ -78,6 +80,7 @@ BOOGU = Family(
     replacements=False, token_mask=True,
 )  # fmt: skip
 FAMILIES = (FLUX1, FLUX2, QWEN, MAGE, JOY, KREA, OMNI, BOOGU)
+by_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 
 _LUMINA = dict(
     hidden_size=256, num_attention_heads=4, num_kv_heads=2, num_refiner_layers=1, multiple_of=64,
@@ -208,3 +211,80 @@ def load_qwen_of_true_width():
 def shared(family: Family):
     """One model of the family for all tests that use it in float32; a node clones it and never changes it."""
     return load(family)
+
+
+def with_lora(model):
+    """A LoRA of rank 4 on every projection of queries, keys and values."""
+    generator = torch.Generator().manual_seed(11)
+    lora = {}
+    for name, weight in model.model.diffusion_model.state_dict().items():
+        if any(
+            name.endswith(end) for end in ("qkv.weight", "linear1.weight", "to_q.weight", "to_v.weight", "wv.weight")
+        ):
+            name = f"diffusion_model.{name.removesuffix('.weight')}"
+            rows, columns = weight.shape
+            lora[f"{name}.lora_A.weight"] = torch.randn(4, columns, generator=generator) * columns**-0.5
+            lora[f"{name}.lora_B.weight"] = torch.randn(rows, 4, generator=generator) * 0.5
+    return comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0]
+
+
+class SmallControl(ControlBase):
+    """A control net without weights to load: what it adds to the target's tokens comes from the noisy latent."""
+
+    def __init__(self, family, outputs: bool):
+        super().__init__()
+        self.family, self.outputs = family, outputs
+
+    def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
+        patch = self.family.patch
+        cells = torch.nn.functional.avg_pool2d(x_noisy.reshape(x_noisy.shape[0], -1, *x_noisy.shape[-2:]), patch)
+        tokens = cells.flatten(2).mT  # [B, T, channels]
+        wide = tokens.repeat(1, 1, 256 // tokens.shape[-1])
+        layers = [wide.clone() * 0.2 * (i + 1) for i in range(4)]
+        return {"input": layers[: self.family.double_blocks], "output": [None, *layers[:2]] if self.outputs else []}
+
+    def copy(self):
+        control = SmallControl(self.family, self.outputs)
+        self.copy_to(control)
+        return control
+
+
+class ShortOfMemory(ModelPatcher):
+    """A patcher on a machine with no memory to spare: every cond is a call of its own."""
+
+    def get_free_memory(self, device):
+        return 0
+
+
+def as_class(cls: type[ModelPatcher], model):
+    patcher = cls(model.model, model.load_device, model.offload_device)
+    patcher.parent = model  # like a clone, so that ComfyUI knows whose weights these are
+    return patcher
+
+
+def _options(value) -> object:
+    """model_options with identities in place of what they hold."""
+    if isinstance(value, dict):
+        return {key: _options(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_options(inner) for inner in value]
+    return id(value)
+
+
+def everything(model) -> dict:
+    """What could be left on a model: options, wrappers, patches, and attributes of modules and of their classes."""
+    modules = [model.model, *model.model.modules()]
+    return {
+        "options": _options(model.model_options),
+        "wrappers": _options(model.wrappers),
+        "callbacks": _options(model.callbacks),
+        "patcher": set(vars(model)),
+        "patches": (set(model.patches), set(model.object_patches), set(model.attachments), set(model.injections)),
+        "modules": [set(vars(module)) for module in modules],
+        "hooks": [
+            [len(value) for name, value in vars(module).items() if name.endswith(("hooks", "hooks_with_kwargs"))]
+            for module in modules
+        ],
+        "classes": {type(module): {k: id(v) for k, v in vars(type(module)).items()} for module in modules},
+        "weights": {name: (id(w), w._version) for name, w in model.model.named_parameters()},
+    }

@@ -20,6 +20,10 @@ SHIPPED = {
     "CHANGELOG.md", "LICENSE", "README.md", "__init__.py", "pyproject.toml", "requirements.txt",
     "locales", "nodes", "tools", "topi_core", "topi_demo", "web", "workflows",
 }  # fmt: skip
+SHIPPED_OF_THE_DEMO = {
+    "__init__.py", "codec.py", "comfy_model.py", "edits.py", "model.py", "scenes.py", "text.py",
+    "weights/topi_demo.safetensors",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +52,8 @@ def test_the_registry_s_own_check_passes():
 def test_it_holds_what_the_pack_needs_and_nothing_else(installed):
     assert {file.name for file in installed.iterdir()} == SHIPPED
     assert [file.name for file in (installed / "tools").iterdir()] == ["calibrate.py"]
+    demo = installed / "topi_demo"
+    assert {str(file.relative_to(demo)) for file in demo.rglob("*") if file.is_file()} == SHIPPED_OF_THE_DEMO
     assert not list(installed.rglob("__pycache__"))
 
 

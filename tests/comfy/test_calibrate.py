@@ -4,27 +4,23 @@ import logging
 
 import pytest
 import torch
-from comfy.model_patcher import ModelPatcher
-from oracle import Oracle
-from oracle import _four_axes as four_axes
-from sampling import conditioning, empty, kept_sets, kinds, last_run, latent, patch, run_node, sample
-from small_models import FAMILIES, FLUX1, FLUX2, QWEN, load, shared
-from test_compose import with_lora
-from test_state import everything
+from oracle import Oracle, four_axes
+from sampling import (
+    calibrate,
+    conditioning,
+    empty,
+    kept_sets,
+    kinds,
+    last_calibration,
+    last_run,
+    latent,
+    patch,
+    run_node,
+    sample,
+)
+from small_models import FLUX1, FLUX2, QWEN, ShortOfMemory, as_class, by_family, everything, load, shared, with_lora
 
 from topi_core.calibration import top_layers
-
-by_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
-
-
-def calibrate(model, top_m=3):
-    """ToPi Calibrate -> (model, calibration)."""
-    return run_node("ToPiCalibrate", model=model, top_m=top_m)
-
-
-def last(calibrating):
-    """What the newest run tells."""
-    return calibrating.trace.runs[-1].calibration()
 
 
 class Listener(Oracle):
@@ -56,7 +52,7 @@ def test_sensitivity_is_that_of_brute_force_and_the_image_stays_as_it_is(family)
     plain = sample(listener.attach(shared(family)), positive, latent=start)
     model, calibrating = calibrate(shared(family))
     assert torch.equal(sample(model, positive, latent=start), plain)
-    found = last(calibrating)
+    found = last_calibration(calibrating)
     assert found.steps.tolist() == [4, 4] and found.depth == family.depth
     expected = torch.stack(listener.told()).mean(0)
     order = sorted(range(2), key=lambda image: calibrating.trace.runs[-1].pairs[image])
@@ -82,21 +78,21 @@ def test_guidance_counts_every_row_that_has_references(family):
     listener = Listener(family)
     model, calibrating = calibrate(listener.attach(shared(family)))
     sample(model, positive, negative, latent=start, cfg=2.0, steps=1)
-    assert len(last(calibrating)) == 1
+    assert len(last_calibration(calibrating)) == 1
     mean = torch.cat(listener.told()).mean(0)
-    torch.testing.assert_close(last(calibrating).sensitivity[0], mean, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(last_calibration(calibrating).sensitivity[0], mean, rtol=1e-4, atol=1e-6)
 
     sample(model, positive, latent=start, steps=1)
-    alone = last(calibrating)
+    alone = last_calibration(calibrating)
     sample(model, positive, conditioning(family, seed=1), latent=start, cfg=2.0, steps=1)
-    torch.testing.assert_close(last(calibrating).sensitivity, alone.sensitivity)
-    assert torch.equal(last(calibrating).pairs, alone.pairs)
+    torch.testing.assert_close(last_calibration(calibrating).sensitivity, alone.sensitivity)
+    assert torch.equal(last_calibration(calibrating).pairs, alone.pairs)
 
 
 def test_a_sampler_that_calls_twice_a_step_counts_its_steps_once():
     model, calibrating = calibrate(shared(FLUX1))
     sample(model, conditioning(FLUX1, [latent(FLUX1)]), latent=empty(FLUX1), sampler="heun")
-    assert last(calibrating).steps.tolist() == [4]
+    assert last_calibration(calibrating).steps.tolist() == [4]
 
 
 def test_a_pair_is_its_references_its_prompt_and_its_noise():
@@ -120,8 +116,8 @@ def test_a_lora_is_calibrated_with_the_model():
     sample(model, positive, latent=start, steps=1)
     model, other = calibrate(with_lora(load(FLUX1)))
     sample(model, positive, latent=start, steps=1)
-    assert torch.equal(last(plain).pairs, last(other).pairs)
-    assert not torch.allclose(last(plain).sensitivity, last(other).sensitivity)
+    assert torch.equal(last_calibration(plain).pairs, last_calibration(other).pairs)
+    assert not torch.allclose(last_calibration(plain).sensitivity, last_calibration(other).sensitivity)
 
 
 def test_of_patch_and_calibrate_on_one_model_the_last_counts():
@@ -199,17 +195,11 @@ def test_every_metric_works_on_the_same_layers(metric):
         assert torch.equal(sample(typed, positive, latent=start), image)
 
 
-class ShortOfMemory(ModelPatcher):
-    def get_free_memory(self, device):
-        return 0
-
-
 @pytest.mark.parametrize("family", [FLUX1, FLUX2], ids=lambda f: f.name)
 def test_layers_are_found_from_all_calls_of_the_step(family):
     """Cond and uncond in one call or in two, and conds with other references: every row counts."""
     model = shared(family)
-    apart = ShortOfMemory(model.model, model.load_device, model.offload_device)
-    apart.parent = model
+    apart = as_class(ShortOfMemory, model)
     positive = conditioning(family, [latent(family, seed=1)])
     negative = conditioning(family, [latent(family, 12, 12, seed=2)], seed=1)
     layers = []
@@ -219,7 +209,7 @@ def test_layers_are_found_from_all_calls_of_the_step(family):
         layers.append(last_run(trace).layers)
         one, calibrating = calibrate(each)
         sample(one, positive, negative, latent=empty(family), cfg=2.0, steps=1)
-        assert last(calibrating).top(3) == layers[-1]
+        assert last_calibration(calibrating).top(3) == layers[-1]
     assert layers[0] == layers[1]
 
 
@@ -240,4 +230,4 @@ def test_a_cache_that_skips_steps_is_averaged_over_what_was_computed():
     model = run_node("EasyCache", model=shared(FLUX1), reuse_threshold=1.2, start_percent=0.1, end_percent=0.95)[0]
     model, calibrating = calibrate(model)
     sample(model, conditioning(FLUX1, [latent(FLUX1)]), latent=empty(FLUX1), steps=16)
-    assert 0 < last(calibrating).steps.item() < 16
+    assert 0 < last_calibration(calibrating).steps.item() < 16

@@ -7,11 +7,9 @@ import torch
 from comfy.model_patcher import create_model_options_clone
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
-from sampling import conditioning, difference, empty, kinds, latent, layer_inputs, patch, run_node, sample
-from small_models import FAMILIES, FLUX1, KREA, QWEN, load, shared
-from test_reuse_state import reuse_module
+from sampling import conditioning, difference, empty, kinds, latent, layer_inputs, pack_module, patch, run_node, sample
+from small_models import FLUX1, KREA, QWEN, by_family, load, shared
 
-by_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 MODES = {"prune": {"tau": 0.5, "update_interval": 2}, "reuse": {"mode": "reuse", "tau": 1.0, "update_interval": 2}}
 
 
@@ -158,7 +156,7 @@ def test_the_nodes_own_backend():
     """TorchCompileModel's inductor, on a graph of one operation: a model takes minutes on a CPU."""
     model = run_node("TorchCompileModel", model=shared(FLUX1), backend="inductor")[0]
     options = create_model_options_clone(model.model_options | {"transformer_options": {"wrappers": model.wrappers}})
-    how = reuse_module("nodes.compiled").take_over(options, model).how
+    how = pack_module("nodes.compiled").take_over(options, model).how
     assert how["backend"].backend == "inductor"
     for mode in (how["mode"], "max-autotune-no-cudagraphs"):
         function = torch.compile(lambda x: x * 2, **how | {"mode": mode})

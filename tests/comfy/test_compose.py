@@ -1,12 +1,11 @@
 """ToPi with what else is put on a model: LoRA, caches, ControlNet, other packs' patches, weights in few bits."""
 
-import comfy.sd
 import pytest
 import torch
-from comfy.controlnet import ControlBase
 from comfy.patcher_extension import CallbacksMP
 from oracle import FLOAT_ERROR, Oracle, compare
 from sampling import (
+    CACHE,
     conditioning,
     difference,
     empty,
@@ -19,26 +18,10 @@ from sampling import (
     run_node,
     sample,
 )
-from small_models import FAMILIES, FLUX1, FLUX2, KREA, MAGE, QWEN, load, shared
+from small_models import FAMILIES, FLUX1, FLUX2, KREA, MAGE, QWEN, SmallControl, by_family, load, shared, with_lora
 
-by_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 by_replaceable = pytest.mark.parametrize("family", [f for f in FAMILIES if f.replacements], ids=lambda f: f.name)
 by_order = pytest.mark.parametrize("order", ["before", "after"])
-
-
-def with_lora(model):
-    """A LoRA of rank 4 on every projection of queries, keys and values."""
-    generator = torch.Generator().manual_seed(11)
-    lora = {}
-    for name, weight in model.model.diffusion_model.state_dict().items():
-        if any(
-            name.endswith(end) for end in ("qkv.weight", "linear1.weight", "to_q.weight", "to_v.weight", "wv.weight")
-        ):
-            name = f"diffusion_model.{name.removesuffix('.weight')}"
-            rows, columns = weight.shape
-            lora[f"{name}.lora_A.weight"] = torch.randn(4, columns, generator=generator) * columns**-0.5
-            lora[f"{name}.lora_B.weight"] = torch.randn(rows, 4, generator=generator) * 0.5
-    return comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0]
 
 
 @by_family
@@ -63,9 +46,6 @@ def patch_with(attach, order: str, family, **inputs):
         return patch(attach(shared(family)), **layer_inputs(family), **inputs)
     patched, trace = patch(shared(family), **layer_inputs(family), **inputs)
     return attach(patched), trace
-
-
-CACHE = {"reuse_threshold": 1.2, "start_percent": 0.1, "end_percent": 0.95}
 
 
 @by_order
@@ -100,27 +80,6 @@ def test_a_cache_that_skips_nothing_changes_nothing():
     patched, _ = patch(shared(FLUX1), **layer_inputs(FLUX1))
     cached = run_node("EasyCache", model=patched, reuse_threshold=0.0)[0]
     assert torch.equal(sample(cached, positive, latent=start), sample(patched, positive, latent=start))
-
-
-class SmallControl(ControlBase):
-    """A control net without weights to load: what it adds to the target's tokens comes from the noisy latent."""
-
-    def __init__(self, family, outputs: bool):
-        super().__init__()
-        self.family, self.outputs = family, outputs
-
-    def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
-        patch = self.family.patch
-        cells = torch.nn.functional.avg_pool2d(x_noisy.reshape(x_noisy.shape[0], -1, *x_noisy.shape[-2:]), patch)
-        tokens = cells.flatten(2).mT  # [B, T, channels]
-        wide = tokens.repeat(1, 1, 256 // tokens.shape[-1])
-        layers = [wide.clone() * 0.2 * (i + 1) for i in range(4)]
-        return {"input": layers[: self.family.double_blocks], "output": [None, *layers[:2]] if self.outputs else []}
-
-    def copy(self):
-        control = SmallControl(self.family, self.outputs)
-        self.copy_to(control)
-        return control
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f.control], ids=lambda f: f.name)

@@ -6,9 +6,20 @@ import pytest
 import torch
 from oracle import Oracle, compare
 from reuse_oracle import compare_reuse
-from sampling import conditioning, difference, empty, kinds, last_run, latent, layer_inputs, patch, run_node, sample
+from sampling import (
+    conditioning,
+    difference,
+    empty,
+    kinds,
+    last_run,
+    latent,
+    layer_inputs,
+    pack_module,
+    patch,
+    run_node,
+    sample,
+)
 from small_models import FLUX1, FLUX2, KREA, QWEN, shared
-from test_reuse_state import reuse_module as pack_module
 
 REUSE = {"mode": "reuse", "tau": 1.0, "update_interval": 3}
 by_mode = pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from topi_demo.scenes import draw, random_scene
 def every_edit():
     for kind, (_, sentence) in edits.GRAMMAR.items():
         names = re.findall(r"\{(\w+)\}", sentence)
-        for words in itertools.product(*(edits._SLOTS[name] for name in names)):
+        for words in itertools.product(*(edits.SLOTS[name] for name in names)):
             yield edits.Edit(kind, dict(zip(names, words, strict=True)))
 
 

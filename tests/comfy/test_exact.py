@@ -6,9 +6,8 @@ import pytest
 import torch
 from oracle import FLOAT_ERROR, Oracle, compare
 from sampling import conditioning, difference, empty, kept_sets, kinds, last_run, latent, layer_inputs, patch, sample
-from small_models import FAMILIES, FLUX1, FLUX2, JOY, KREA, MAGE, QWEN, load, load_qwen_of_true_width, shared
+from small_models import FAMILIES, FLUX1, FLUX2, JOY, KREA, MAGE, QWEN, by_family, load, load_qwen_of_true_width, shared
 
-by_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 by_method = pytest.mark.parametrize(
     ("family", "method"), [(f, m) for f in FAMILIES for m in f.methods], ids=lambda v: getattr(v, "name", v)
 )

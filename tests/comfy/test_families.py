@@ -1,16 +1,13 @@
 """What the families say of their models, counted on the models themselves."""
 
-import importlib
 import re
 
 import comfy.ops
-import pytest
 import torch
-from sampling import conditioning, empty, last_run, latent, layer_inputs, patch, sample
-from small_models import FAMILIES, NETWORKS, network_class, shared
+from sampling import conditioning, empty, last_run, latent, layer_inputs, pack_module, patch, sample
+from small_models import NETWORKS, by_family, network_class, shared
 from torch import nn
 
-by_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 NOT_OF_IMAGE_TOKENS = re.compile(r"(^|\.)(txt|add|to_add|instruct)_|mod|norm")  # text's own, and once a call
 PUBLISHED = {  # widths that a layer's share of linear operations depends on; the others have those of their class
     "flux1": NETWORKS["flux1"][1],
@@ -21,19 +18,17 @@ PUBLISHED = {  # widths that a layer's share of linear operations depends on; th
 }
 
 
-def ours(comfyui, family):
-    """The pack's own idea of a family; it is loaded under a name that only ComfyUI knows."""
-    pack = comfyui.nodes["ToPiPatch"].__module__.removesuffix(".patch")
-    families = importlib.import_module(f"{pack}.families").FAMILIES
-    return next(one for one in families if one.name == family.name)
+def ours(family):
+    """The pack's own idea of a family."""
+    return next(one for one in pack_module("nodes.families").FAMILIES if one.name == family.name)
 
 
 @by_family
-def test_linear_operations_are_those_of_the_published_widths(comfyui, family):
+def test_linear_operations_are_those_of_the_published_widths(family):
     """Twice the weights of a layer that an image token passes, by hidden^2, on average over the layers."""
     with torch.device("meta"):
         network = network_class(family)(operations=comfy.ops.disable_weight_init, **PUBLISHED.get(family.name, {}))
-    known = ours(comfyui, family)
+    known = ours(family)
     stacks = [value for name, value in network.named_children() if isinstance(value, nn.ModuleList)]
     layers = [layer for stack in stacks for layer in stack if "refiner" not in names(network, stack)]
     assert len(layers) == len(known.blocks(network))
@@ -51,8 +46,8 @@ def names(network, child) -> str:
 
 
 @by_family
-def test_blocks_are_counted_in_the_order_they_run(comfyui, family):
-    known, model = ours(comfyui, family), shared(family)
+def test_blocks_are_counted_in_the_order_they_run(family):
+    known, model = ours(family), shared(family)
     blocks = known.blocks(model.model.diffusion_model)
     assert [block.kind for block in blocks] == ["double_block"] * family.double_blocks + ["single_block"] * (
         family.depth - family.double_blocks

@@ -4,18 +4,9 @@ import pytest
 from comfy.model_patcher import ModelPatcher
 from oracle import FLOAT_ERROR, compare
 from sampling import conditioning, difference, empty, kept_sets, kinds, last_run, latent, layer_inputs, patch, sample
-from small_models import BOOGU, FAMILIES, FLUX1, FLUX2, JOY, KREA, OMNI, QWEN, shared
+from small_models import BOOGU, FLUX1, FLUX2, JOY, KREA, OMNI, QWEN, ShortOfMemory, as_class, by_family, shared
 
 import nodes
-
-by_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
-
-
-class ShortOfMemory(ModelPatcher):
-    """A patcher on a machine with no memory to spare: every cond is a call of its own."""
-
-    def get_free_memory(self, device):
-        return 0
 
 
 class MemoryComesAndGoes(ModelPatcher):
@@ -24,12 +15,6 @@ class MemoryComesAndGoes(ModelPatcher):
     def get_free_memory(self, device):
         self.asked = getattr(self, "asked", 0) + 1  # once for two conds together, twice for one after the other
         return 0 if self.asked % 3 else super().get_free_memory(device)
-
-
-def as_class(cls, model):
-    patcher = cls(model.model, model.load_device, model.offload_device)
-    patcher.parent = model  # like a clone, so that ComfyUI knows whose weights these are
-    return patcher
 
 
 @pytest.mark.parametrize("family", [FLUX1, QWEN, BOOGU], ids=lambda f: f.name)

@@ -1,5 +1,7 @@
 """The node's inputs, and one sentence for each bad one: what was given, and what is allowed."""
 
+from itertools import product
+
 import comfy.ldm.chroma.model
 import comfy.ldm.lumina.model
 import comfy.ldm.modules.diffusionmodules.openaimodel
@@ -8,11 +10,10 @@ import comfy.supported_models
 import pytest
 import torch
 from sampling import conditioning, empty, last_run, latent, patch, sample
-from small_models import FAMILIES, FLUX1, NETWORKS, QWEN, network_class, patcher, random_weights, shared
+from small_models import FLUX1, NETWORKS, QWEN, network_class, patcher, random_weights, shared
 
 import nodes
 
-by_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 SUPPORTED = ("FLUX.1", "FLUX.2", "Qwen-Image", "Mage-Flow", "JoyImage", "Krea 2", "OmniGen2", "Boogu")
 INPUTS = {  # id: (type, default, lowest, highest, advanced); workflows that people saved depend on all of it
     "model": ("MODEL", None, None, None, False),
@@ -42,6 +43,7 @@ def test_inputs_and_outputs_are_those_that_workflows_rely_on():
     }
     assert list(found) == list(INPUTS)
     assert found == INPUTS
+    assert not any(i.optional for i in schema.inputs)  # those would come last
     assert all(i.tooltip for i in schema.inputs)
     assert [output.get_io_type() for output in schema.outputs] == ["MODEL", "TOPI_TRACE"]
     options = {i.id: i.options for i in schema.inputs if hasattr(i, "options")}
@@ -89,25 +91,23 @@ def test_bad_input_is_refused_when_the_node_runs(inputs, given, allowed):
     assert "\n" not in sentence
 
 
-def test_a_profile_of_another_model_is_refused():
+def test_a_profile_of_another_model_is_refused_in_one_sentence():
+    """Also where the layers are typed, which would need none."""
     schema = nodes.NODE_CLASS_MAPPINGS["ToPiPatch"].GET_SCHEMA()
     profiles = next(i.options for i in schema.inputs if i.id == "profile")[1:]
-    for profile in profiles:
-        with pytest.raises(ValueError, match=profile):
-            patch(shared(FLUX1), profile=profile)
+    for profile, typed in product(profiles, ({}, {"layers": "1,4", "front_layers": 2})):
+        with pytest.raises(ValueError, match=profile) as refusal:
+            patch(shared(FLUX1), profile=profile, **typed)
+        sentence = str(refusal.value)
+        assert "\n" not in sentence
+        if profile == "flux1-kontext":  # of the same family
+            assert "57" in sentence and "8" in sentence
 
 
 def test_layers_may_have_spaces_and_come_in_any_order():
     _, trace = patched = patch(shared(FLUX1), layers=" 6, 1 ,4", front_layers=2)
     sample(patched[0], conditioning(FLUX1, [latent(FLUX1)]), latent=empty(FLUX1), steps=2)
     assert sorted(last_run(trace).layers) == [1, 4, 6]
-
-
-def test_a_profile_of_another_depth_is_refused_in_one_sentence():
-    with pytest.raises(ValueError) as refusal:
-        patch(shared(FLUX1), profile="flux1-kontext", layers="1,4", front_layers=2)
-    sentence = str(refusal.value)
-    assert all(str(part) in sentence for part in ("flux1-kontext", 57, 8)) and "\n" not in sentence
 
 
 def chroma():

@@ -1,12 +1,9 @@
 """The oracle itself, before anything is compared with it."""
 
-import pytest
 import torch
 from oracle import Oracle
 from sampling import conditioning, difference, empty, latent, sample
-from small_models import FAMILIES, shared
-
-by_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+from small_models import by_family, shared
 
 
 @by_family

@@ -7,16 +7,13 @@ from pathlib import Path
 import folder_paths
 import pytest
 import torch
-from sampling import conditioning, empty, last_run, latent, patch, run_node, sample
-from small_models import FAMILIES, FLUX1, FLUX2, QWEN, shared
-from test_calibrate import calibrate, last
+from sampling import calibrate, conditioning, empty, last_calibration, last_run, latent, patch, run_node, sample
+from small_models import FAMILIES, FLUX1, FLUX2, QWEN, by_family, shared
 
 import nodes
 from topi_core import profiles
 from topi_core.calibration import Calibration
 from topi_core.profiles import Profile
-
-by_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +72,7 @@ def test_a_saved_profile_is_offered_and_used(folders):
     for profile in ("flux/mine.safetensors", "auto"):
         patched, trace = patch(shared(FLUX1), profile=profile)
         run(calibrating, patched)
-        assert last_run(trace).layers == last(calibrating).top(3) and not last_run(trace).found
+        assert last_run(trace).layers == last_calibration(calibrating).top(3) and not last_run(trace).found
         assert last_run(trace).settings.profile == "flux/mine.safetensors"
 
 
@@ -271,5 +268,6 @@ def test_the_folders_need_not_be_there(folders):
     save(calibrating, run(calibrating, model, family=QWEN), "mine.safetensors")
     assert options()[-1] == "mine.safetensors"
     assert torch.equal(
-        profiles.read(folders[1] / "mine.safetensors", "").calibration.sensitivity, last(calibrating).sensitivity
+        profiles.read(folders[1] / "mine.safetensors", "").calibration.sensitivity,
+        last_calibration(calibrating).sensitivity,
     )

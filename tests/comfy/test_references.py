@@ -6,9 +6,8 @@ import pytest
 import torch
 from oracle import compare
 from sampling import conditioning, empty, last_run, latent, layer_inputs, patch, sample
-from small_models import FAMILIES, FLUX1, KREA, QWEN, load, shared
+from small_models import FAMILIES, FLUX1, KREA, QWEN, by_family, load, shared
 
-by_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 SIZES = [(16, 16), (8, 20), (22, 12), (4, 6)]
 
 

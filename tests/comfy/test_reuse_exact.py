@@ -7,9 +7,8 @@ import torch
 from oracle import FLOAT_ERROR
 from reuse_oracle import ReuseOracle, compare_reuse
 from sampling import conditioning, difference, empty, kinds, last_run, latent, layer_inputs, patch, sample
-from small_models import FAMILIES, FLUX1, FLUX2, QWEN, load, shared
+from small_models import FAMILIES, FLUX1, FLUX2, QWEN, by_family, load, shared
 
-by_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 by_method = pytest.mark.parametrize(
     ("family", "method"), [(f, m) for f in FAMILIES for m in f.methods], ids=lambda v: getattr(v, "name", v)
 )

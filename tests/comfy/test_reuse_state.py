@@ -8,6 +8,7 @@ import torch
 from oracle import FLOAT_ERROR
 from reuse_oracle import ReuseOracle, compare_reuse
 from sampling import (
+    CACHE,
     conditioning,
     difference,
     empty,
@@ -15,27 +16,19 @@ from sampling import (
     last_run,
     latent,
     layer_inputs,
+    pack_module,
     patch,
     run_node,
     sample,
 )
-from small_models import FAMILIES, FLUX1, FLUX2, HIDDEN, QWEN, shared
-from test_compose import CACHE, SmallControl, with_lora
-
-import nodes
+from small_models import FAMILIES, FLUX1, FLUX2, HIDDEN, QWEN, SmallControl, shared, with_lora
 
 REUSE = {"mode": "reuse", "tau": 0.75, "update_interval": 3}
 
 
-def reuse_module(name: str):
-    """A module of the pack as ComfyUI loaded it."""
-    pack = nodes.NODE_CLASS_MAPPINGS["ToPiPatch"].__module__.removesuffix(".nodes.patch")
-    return __import__(f"{pack}.{name}", fromlist=["*"])
-
-
 def caches_alive() -> int:
     gc.collect()
-    kind = reuse_module("topi_core.reuse").ContextCache
+    kind = pack_module("topi_core.reuse").ContextCache
     return sum(isinstance(thing, kind) and bool(thing.entries) for thing in gc.get_objects())
 
 
@@ -105,7 +98,7 @@ def test_without_room_for_a_forecast_there_is_none_and_the_log_says_so(monkeypat
         asked.append(more)
         return "device" if len(asked) != 2 else "host"
 
-    monkeypatch.setattr(reuse_module("nodes.memory").Room, "where", where)
+    monkeypatch.setattr(pack_module("nodes.memory").Room, "where", where)
     caplog.clear()
     assert torch.equal(sample(patched, positive, latent=start, steps=8), expected)
     assert not last_run(trace).forecast and len(asked) == 4
@@ -119,7 +112,7 @@ def test_in_host_memory_it_is_the_same_and_nothing_is_forecast(monkeypatch, capl
     patched, _ = patch(shared(FLUX1), **layer_inputs(FLUX1), **REUSE, forecast=False)
     expected = sample(patched, positive, latent=start)
     patched, trace = patch(shared(FLUX1), **layer_inputs(FLUX1), **REUSE)
-    monkeypatch.setattr(reuse_module("nodes.memory").Room, "where", lambda room, size: "host")
+    monkeypatch.setattr(pack_module("nodes.memory").Room, "where", lambda room, size: "host")
     caplog.clear()
     assert torch.equal(sample(patched, positive, latent=start), expected)
     assert sum("no room on the GPU" in record.getMessage() for record in caplog.records) == 1
@@ -127,7 +120,7 @@ def test_in_host_memory_it_is_the_same_and_nothing_is_forecast(monkeypatch, capl
 
 
 def test_room_is_on_the_device_then_on_the_host_then_nowhere(monkeypatch):
-    room = reuse_module("nodes.memory").Room
+    room = pack_module("nodes.memory").Room
     here = room(shared(FLUX1), torch.device("cpu"), reserve=2**20)
     assert here.where(1) == "device"
     assert here.where(2**50) is None
@@ -143,7 +136,7 @@ def test_room_is_on_the_device_then_on_the_host_then_nowhere(monkeypatch):
 def test_the_reserve_is_what_comfyui_says_a_call_takes(monkeypatch):
     """Of a latent and its references; never less than ComfyUI's minimum."""
     model = shared(FLUX1)
-    memory, picture = reuse_module("nodes.memory").Memory(model, keys=HIDDEN), empty(FLUX1)
+    memory, picture = pack_module("nodes.memory").Memory(model, keys=HIDDEN), empty(FLUX1)
     least = comfy.model_management.minimum_inference_memory()
     assert memory.room(picture, []).reserve == least
     large = torch.zeros(1).expand(2, 16, 128, 128)
@@ -156,7 +149,7 @@ def test_the_reserve_is_what_comfyui_says_a_call_takes(monkeypatch):
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 def test_what_is_asked_for_is_what_is_kept(monkeypatch, family):
     """In every family, whatever its heads share; forecast it is twice as much, and no more is asked for after that."""
-    asked, room = [], reuse_module("nodes.memory").Room
+    asked, room = [], pack_module("nodes.memory").Room
     where = room.where
     monkeypatch.setattr(room, "where", lambda self, size: asked.append(size) or where(self, size))
     patched, trace = patch(shared(family), **layer_inputs(family), mode="reuse", tau=1.0, update_interval=2)

@@ -4,9 +4,7 @@ import pytest
 import torch
 from oracle import compare
 from sampling import conditioning, empty, kinds, last_run, latent, layer_inputs, patch, sample
-from small_models import FAMILIES, FLUX1, QWEN, shared
-
-by_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+from small_models import FLUX1, QWEN, by_family, shared
 
 
 def run(inputs: dict, **sampling):

@@ -5,16 +5,10 @@ import json
 import pytest
 import torch
 
-from topi_demo.demo import WORKFLOW, Way, variant
+from topi_demo import demo
+from topi_demo.demo import WAYS, WORKFLOW, Way, variant
 from topi_demo.server import ServerError, running
 from topi_demo.workflow import to_prompt
-
-# DESIGN's table: what saved workflows rely on
-PATCH_DEFAULTS = {
-    "tau": 1.0, "update_interval": 5, "mode": "reuse", "profile": "auto", "layers": "", "front_layers": -1,
-    "first_anchor": 0, "start_percent": 0.0, "end_percent": 1.0, "min_keep": 0.0, "max_keep": 1.0,
-    "metric": "influence", "spacing": "auto", "forecast": True,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -45,32 +39,6 @@ def queue(server, object_info):
     return queue
 
 
-def test_nodes_and_their_inputs(object_info):
-    ours = {name: node for name, node in object_info.items() if name.startswith("ToPi")}
-    assert {
-        "ToPiPatch",
-        "ToPiMaskPreview",
-        "ToPiReport",
-        "ToPiCalibrate",
-        "ToPiSaveProfile",
-        "ToPiDemoModel",
-        "ToPiDemoScene",
-    } <= set(ours)
-    for name, node in ours.items():
-        assert node["category"].split("/")[0] == "ToPi"
-        assert node["description"], name
-        inputs = {**node["input"].get("required", {}), **node["input"].get("optional", {})}
-        assert all(spec[1].get("tooltip") for spec in inputs.values()), name
-        assert all(node["output_tooltips"]), name
-
-
-def test_defaults_of_topi_patch(object_info):
-    inputs = object_info["ToPiPatch"]["input"]
-    inputs = {**inputs["required"], **inputs.get("optional", {})}
-    assert list(inputs) == ["model", *PATCH_DEFAULTS]
-    assert {name: inputs[name][1]["default"] for name in PATCH_DEFAULTS} == PATCH_DEFAULTS
-
-
 def test_quickstart_edits_and_a_second_queue_is_served(queue):
     first, outputs = queue("make it night", seed=1)
     assert first.shape == (128, 128, 3)
@@ -96,3 +64,21 @@ def test_an_error_reaches_the_user_and_the_next_queue_is_served(queue):
     with pytest.raises(ServerError, match=r"ToPiDemoScene failed: .*'make it gloomy' is not one the demo scenes know"):
         queue("make it gloomy", seed=3)
     assert queue("make it night", seed=3)[0].shape == (128, 128, 3)
+
+
+def test_the_demo_s_edit_with_its_table_and_pictures(server, object_info):
+    workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    sampler = next(node for node in workflow["nodes"] if node["type"] == "KSampler")
+    sampler["widgets_values"][2] = 3
+    made = demo.edit(server, object_info, workflow, 1, "put the star of the second image into the first")
+    assert len(made.sources) == 2
+    assert all(image.shape == (128, 128, 3) for image in (made.full, made.expected, *made.sources))
+    assert [len(anchor) for anchor in made.topi["prune"].kept] == [2]
+    rows = demo.rows(made)
+    assert json.loads(json.dumps(rows)) == rows
+    assert [row["mode"] for row in rows] == list(WAYS)
+    assert rows[0]["shares"][0] < 1 == rows[1]["shares"][0]
+    head, _, *lines = demo.table(rows).splitlines()
+    assert [line.count("|") for line in lines] == [head.count("|")] * 2
+    assert demo.picture([made], side=64, gap=4).width == 4 + 6 * (64 + 4)  # with one picture of what was kept
+    assert demo.strip(made.topi["prune"], side=64, gap=4).size == (64, 64 + 4 + 64)

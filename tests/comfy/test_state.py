@@ -12,37 +12,7 @@ from comfy.model_management import InterruptProcessingException
 from comfy.model_patcher import create_model_options_clone
 from oracle import compare
 from sampling import conditioning, empty, kept_sets, kinds, last_run, latent, layer_inputs, patch, sample
-from small_models import BOOGU, FAMILIES, FLUX1, KREA, QWEN, load, shared
-
-by_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
-
-
-def options(value) -> object:
-    """model_options with identities in place of what they hold."""
-    if isinstance(value, dict):
-        return {key: options(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [options(inner) for inner in value]
-    return id(value)
-
-
-def everything(model) -> dict:
-    """What could be left on a model: options, wrappers, patches, and attributes of modules and of their classes."""
-    modules = [model.model, *model.model.modules()]
-    return {
-        "options": options(model.model_options),
-        "wrappers": options(model.wrappers),
-        "callbacks": options(model.callbacks),
-        "patcher": set(vars(model)),
-        "patches": (set(model.patches), set(model.object_patches), set(model.attachments), set(model.injections)),
-        "modules": [set(vars(module)) for module in modules],
-        "hooks": [
-            [len(value) for name, value in vars(module).items() if name.endswith(("hooks", "hooks_with_kwargs"))]
-            for module in modules
-        ],
-        "classes": {type(module): {k: id(v) for k, v in vars(type(module)).items()} for module in modules},
-        "weights": {name: (id(w), w._version) for name, w in model.model.named_parameters()},
-    }
+from small_models import BOOGU, FLUX1, KREA, QWEN, by_family, everything, load, shared
 
 
 def hooked(model) -> list:
@@ -166,11 +136,6 @@ def test_the_unpatched_model_beside_the_patched_one():
     assert torch.equal(sample(model, positive, latent=start), plain)
 
 
-def test_the_node_run_twice_gives_two_traces():
-    (_, one), (_, two) = patch(shared(FLUX1)), patch(shared(FLUX1))
-    assert one is not two
-
-
 @pytest.mark.parametrize("metric", ["influence", "attention", "similarity", "random"])
 def test_metrics_repeat_themselves_and_leave_the_global_random_state_alone(metric):
     patched, trace = patch(shared(FLUX1), tau=0.6, update_interval=2, metric=metric, **layer_inputs(FLUX1))
@@ -253,14 +218,21 @@ def test_tensors_do_not_pile_up():
 
 
 def test_two_patched_models_in_turns():
-    """Their runs alternate, their traces do not mix."""
-    one, first = patch(shared(FLUX1), tau=0.6, **layer_inputs(FLUX1))
-    two, second = patch(shared(QWEN), tau=0.9, **layer_inputs(QWEN))
+    """Their runs alternate: each is a fresh one's, bit by bit, and their traces do not mix."""
+
+    def patched(family):
+        return patch(shared(family), tau=0.6, **layer_inputs(family))
+
+    def image(model, family):
+        return sample(model, conditioning(family, [latent(family)]), latent=empty(family), steps=2)
+
+    models = {family: patched(family) for family in (FLUX1, QWEN)}
+    fresh = {family: image(patched(family)[0], family) for family in models}
     for _ in range(2):
-        sample(one, conditioning(FLUX1, [latent(FLUX1)]), latent=empty(FLUX1), steps=2)
-        sample(two, conditioning(QWEN, [latent(QWEN)]), latent=empty(QWEN), steps=2)
-    assert [run.family for run in first.runs] == ["flux1"] * 2
-    assert [run.family for run in second.runs] == ["qwen_image"] * 2
+        for family, (model, _) in models.items():
+            assert torch.equal(image(model, family), fresh[family])
+    for family, (_, trace) in models.items():
+        assert [run.family for run in trace.runs] == [family.name] * 2
 
 
 def test_a_run_is_the_same_after_another_model_was_compared():
@@ -268,3 +240,11 @@ def test_a_run_is_the_same_after_another_model_was_compared():
     positive, start = conditioning(FLUX1, [latent(FLUX1)]), empty(FLUX1)
     first = compare(FLUX1, shared(FLUX1), positive, latent=start)[0]
     assert torch.equal(compare(FLUX1, shared(FLUX1), positive, latent=start)[0], first)
+
+
+def test_a_model_on_several_gpus_is_refused():
+    """ComfyUI marks it in its options."""
+    patched, _ = patch(shared(FLUX1), **layer_inputs(FLUX1))
+    patched.model_options["multigpu_clones"] = {}
+    with pytest.raises(RuntimeError, match="sampled on several GPUs at once; remove one of the two"):
+        sample(patched, conditioning(FLUX1, [latent(FLUX1)]), latent=empty(FLUX1))

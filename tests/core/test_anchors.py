@@ -1,8 +1,12 @@
+"""Which step a call belongs to, and which steps are anchors."""
+
 import pytest
 
+from topi_core.config import Settings
 from topi_core.schedule import Schedule, step_of
 
 SIGMAS = (1.0, 0.9, 0.7, 0.4, 0.1, 0.0)
+LINEAR = tuple(1 - i / 20 for i in range(21))
 
 
 @pytest.mark.parametrize(
@@ -27,17 +31,44 @@ def anchors(schedule, computed):
     return found
 
 
-def test_anchors_are_evenly_spaced():
-    sigmas = tuple(1 - i / 20 for i in range(21))
-    assert anchors(Schedule(sigmas, 10), range(20)) == [0, 10]
-    assert anchors(Schedule(sigmas, 6, first_anchor=3), range(20)) == [3, 9, 15]
-    assert anchors(Schedule(sigmas, 1), range(4)) == [0, 1, 2, 3]
+def test_even_spacing_is_eq_11():
+    for interval, first in ((1, 0), (4, 0), (6, 3), (10, 3), (50, 0)):
+        even = Schedule(LINEAR, interval, first)
+        assert even.anchors == tuple(i for i in range(20) if i >= first and (i - first) % interval == 0)
+        assert anchors(even, range(20)) == list(even.anchors)
 
 
 def test_a_missed_anchor_happens_at_the_next_computed_step():
-    sigmas = tuple(1 - i / 20 for i in range(21))
-    assert anchors(Schedule(sigmas, 5), [0, 1, 2, 7, 8, 9, 10, 11]) == [0, 7, 10]
-    assert anchors(Schedule(sigmas, 5), [3, 4, 5]) == [3, 5]  # a window that opens late
+    assert anchors(Schedule(LINEAR, 5), [0, 1, 2, 7, 8, 9, 10, 11]) == [0, 7, 10]
+    assert anchors(Schedule(LINEAR, 5), [3, 4, 5]) == [3, 5]  # a window that opens late
+    by_sigma = Schedule(tuple(1.5 * s / (1 + 0.5 * s) for s in LINEAR), 4, spacing="sigma")
+    second, third = by_sigma.anchors[1:3]
+    assert anchors(by_sigma, [0, second - 1, second + 1, second + 2, third]) == [0, second + 1, third]
+
+
+def test_spacing_by_a_straight_sigma_is_even():
+    assert Schedule(LINEAR, 4, spacing="sigma").anchors == Schedule(LINEAR, 4).anchors
+
+
+@pytest.mark.parametrize("shift", [1.5, 3.0, 12.0])
+def test_spacing_by_sigma_covers_equal_parts_of_it(shift):
+    sigmas = tuple(shift * s / (1 + (shift - 1) * s) for s in LINEAR)
+    spaced = Schedule(sigmas, 4, spacing="sigma").anchors
+    assert len(spaced) == 5 and spaced[0] == 0 and list(spaced) == sorted(set(spaced)) and spaced[-1] < 20
+    for i, anchor in enumerate(spaced):
+        goal = 1 - i / 5
+        off = abs(sigmas[anchor] - goal)
+        others = [abs(s - goal) for step, s in enumerate(sigmas[:-1]) if step not in spaced and step < 16 + i]
+        assert off <= min(others) + 1e-9
+
+
+def test_spacing_follows_the_mode_unless_it_is_given():
+    common = dict(depth=4, layers=(1,), front_layers=0)
+    assert Settings(**common).anchor_spacing == "steps"
+    assert Settings(**common, mode="reuse").anchor_spacing == "sigma"
+    assert Settings(**common, mode="reuse", spacing="steps").anchor_spacing == "steps"
+    with pytest.raises(ValueError, match="spacing must be one of auto, steps, sigma, got 'even'"):
+        Settings(**common, spacing="even")
 
 
 def test_window():

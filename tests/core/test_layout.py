@@ -13,7 +13,7 @@ def test_slices_follow_the_order(order):
     layout = Layout(3, (2, 4), ((1, 5), (2, 2)), order)
     parts = {"text": "xxx", "target": "tttttttt", "references": "aaaaabbbb"}
     sequence = "".join(parts[part] for part in order)
-    assert layout.tokens == len(sequence)
+    assert layout.tokens == len(sequence) and layout.context_tokens == 9
     assert sequence[layout.text] == "xxx" and sequence[layout.target] == "t" * 8
     assert sequence[layout.context] == "aaaaabbbb"
     assert [sequence[place] for place in layout.references] == ["aaaaa", "bbbb"]

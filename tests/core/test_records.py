@@ -1,4 +1,4 @@
-"""Layout, settings and the trace."""
+"""Settings and the trace."""
 
 import subprocess
 import sys
@@ -24,13 +24,6 @@ def test_the_core_needs_no_comfyui():
     root = Path(__file__).parents[2]
     out = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
-
-
-def test_layout_slices_follow_one_another():
-    layout = Layout(5, (2, 3), ((4, 1), (2, 2)))
-    assert (layout.target, layout.context) == (slice(5, 11), slice(11, 19))
-    assert layout.references == (slice(11, 15), slice(15, 19))
-    assert layout.tokens == 19 and layout.context_tokens == 8
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Keys and values that are kept, and the anchors between which they are used."""
+"""Keys and values that are kept, and what reusing them costs."""
 
 import pytest
 import torch
@@ -6,7 +6,6 @@ import torch
 from topi_core.config import Settings
 from topi_core.cost import call_flops, layer_flops, speedup
 from topi_core.reuse import ContextCache, Line, extend, extend_mask, forecast_weight
-from topi_core.schedule import Schedule
 from topi_core.trace import Run, Step
 
 CPU = torch.device("cpu")
@@ -124,47 +123,6 @@ def test_how_far_a_forecast_goes():
     assert forecast_weight(-0.5, -0.2) == 1
     assert forecast_weight(0.1, -0.2) == 0
     assert forecast_weight(-0.1, 0.0) == 0  # two anchors at one and the same sigma
-
-
-LINEAR = tuple(1 - i / 20 for i in range(21))
-
-
-def test_even_spacing_is_eq_11():
-    for interval, first in ((1, 0), (4, 0), (10, 3), (50, 0)):
-        even = Schedule(LINEAR, interval, first).anchors
-        assert even == tuple(i for i in range(20) if i >= first and (i - first) % interval == 0)
-
-
-def test_spacing_by_a_straight_sigma_is_even():
-    assert Schedule(LINEAR, 4, spacing="sigma").anchors == Schedule(LINEAR, 4).anchors
-
-
-@pytest.mark.parametrize("shift", [1.5, 3.0, 12.0])
-def test_spacing_by_sigma_covers_equal_parts_of_it(shift):
-    sigmas = tuple(shift * s / (1 + (shift - 1) * s) for s in LINEAR)
-    anchors = Schedule(sigmas, 4, spacing="sigma").anchors
-    assert len(anchors) == 5 and anchors[0] == 0 and list(anchors) == sorted(set(anchors)) and anchors[-1] < 20
-    for i, anchor in enumerate(anchors):
-        goal = 1 - i / 5
-        off = abs(sigmas[anchor] - goal)
-        others = [abs(s - goal) for step, s in enumerate(sigmas[:-1]) if step not in anchors and step < 16 + i]
-        assert off <= min(others) + 1e-9
-
-
-def test_a_missed_anchor_stays_due():
-    schedule = Schedule(tuple(1.5 * s / (1 + 0.5 * s) for s in LINEAR), 4, spacing="sigma")
-    second = schedule.anchors[1]
-    assert not schedule.due(second - 1, 0) and schedule.due(second, 0) and schedule.due(second + 1, 0)
-    assert not schedule.due(second + 1, second + 1)
-
-
-def test_spacing_follows_the_mode_unless_it_is_given():
-    common = dict(depth=4, layers=(1,), front_layers=0)
-    assert Settings(**common).anchor_spacing == "steps"
-    assert Settings(**common, mode="reuse").anchor_spacing == "sigma"
-    assert Settings(**common, mode="reuse", spacing="steps").anchor_spacing == "steps"
-    with pytest.raises(ValueError, match="spacing must be one of auto, steps, sigma, got 'even'"):
-        Settings(**common, spacing="even")
 
 
 def test_a_reused_step_costs_its_rows_and_its_keys():

@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import tarfile
-import time
 import zipfile
 from pathlib import Path
 
@@ -123,17 +122,15 @@ def installed(root: Path, name: str) -> Path:
     return next(root.glob(".venv/lib/python*/site-packages")) / f"{name}.py"
 
 
-def test_second_call_starts_at_once(repository, offline):
+def test_second_call_has_nothing_to_do(repository, offline):
     first = run(repository, **offline)
     assert first.returncode == 0, first.stderr
     assert all(installed(repository, name).exists() for name in ("torch", "torchaudio", "helper", "tester"))
     log = repository / ".venv" / "setup.log"
     log.unlink()
 
-    start = time.monotonic()
     second = run(repository, **offline)
     assert (second.returncode, second.stdout, second.stderr) == (0, "", "")
-    assert time.monotonic() - start < 5
     assert not log.exists(), "pip ran again"
 
 
