@@ -95,7 +95,8 @@ class ToPiPatch(io.ComfyNode):
                 io.Combo.Input(
                     "spacing", options=list(SPACINGS), default="auto", advanced=True,
                     tooltip="steps: anchors every update_interval steps. sigma: as many, so that the noise level "
-                    "falls by the same amount from one to the next. auto: steps for prune, sigma for reuse.",
+                    "falls by the same amount from one to the next, and by half of it after the last. auto: steps for "
+                    "prune, sigma for reuse.",
                 ),
                 io.Boolean.Input(
                     "forecast", default=True, advanced=True,

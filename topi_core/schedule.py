@@ -38,13 +38,14 @@ class Schedule:
         """Steps that are anchors, ascending: every `update_interval` steps from `first_anchor` on (Eq. 11).
 
         With the spacing "sigma" they are as many, but what sigma covers from one to the next is the same, as near as
-        whole steps allow: the context goes out of date by how far the picture has moved, not by how often.
+        whole steps allow: the context goes out of date by how far the picture has moved, not by how often. From the
+        last one to the end it is half of that, as no later step makes good what went wrong there.
         """
         even = range(self.first_anchor, len(self.sigmas) - 1, self.update_interval)
         if self.spacing == "steps" or not even:
             return tuple(even)
         start, end = self.sigmas[self.first_anchor], self.sigmas[-1]
-        goals = [start + (end - start) * i / len(even) for i in range(len(even))]
+        goals = [start + (end - start) * i / (len(even) - 0.5) for i in range(len(even))]
         anchors = [self.first_anchor]
         for i, goal in enumerate(goals[1:], 1):
             free = range(anchors[-1] + 1, len(self.sigmas) - 1 - (len(goals) - 1 - i))  # leaves room for the others

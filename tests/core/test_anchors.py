@@ -46,17 +46,19 @@ def test_a_missed_anchor_happens_at_the_next_computed_step():
     assert anchors(by_sigma, [0, second - 1, second + 1, second + 2, third]) == [0, second + 1, third]
 
 
-def test_spacing_by_a_straight_sigma_is_even():
-    assert Schedule(LINEAR, 4, spacing="sigma").anchors == Schedule(LINEAR, 4).anchors
+def test_spacing_by_a_straight_sigma_is_even_but_for_the_end():
+    assert Schedule(LINEAR, 10, spacing="sigma").anchors == (0, 13)
+    assert Schedule(LINEAR, 5, spacing="sigma").anchors == (0, 6, 11, 17)
+    assert Schedule(LINEAR, 20, spacing="sigma").anchors == (0,)
 
 
 @pytest.mark.parametrize("shift", [1.5, 3.0, 12.0])
-def test_spacing_by_sigma_covers_equal_parts_of_it(shift):
+def test_spacing_by_sigma_covers_equal_parts_of_it_and_half_of_one(shift):
     sigmas = tuple(shift * s / (1 + (shift - 1) * s) for s in LINEAR)
     spaced = Schedule(sigmas, 4, spacing="sigma").anchors
     assert len(spaced) == 5 and spaced[0] == 0 and list(spaced) == sorted(set(spaced)) and spaced[-1] < 20
     for i, anchor in enumerate(spaced):
-        goal = 1 - i / 5
+        goal = 1 - i / 4.5
         off = abs(sigmas[anchor] - goal)
         others = [abs(s - goal) for step, s in enumerate(sigmas[:-1]) if step not in spaced and step < 16 + i]
         assert off <= min(others) + 1e-9
