@@ -37,7 +37,7 @@ def main() -> None:
     for name, layers in (("profile", profile.layers), ("first anchor", ())):
         traces[name] = trace.Trace()
         settings = config.Settings(depth=profile.depth, layers=layers, front_layers=profile.front_layers)
-        models.append(attach.attach(model, family, settings, traces[name]))
+        models.append(attach.attach(model, attach.Patch(family, settings, traces[name])))
     with torch.inference_mode():
         for _ in range(REPEATS + 1):
             for each in models:

@@ -22,6 +22,7 @@ from comfy.patcher_extension import WrappersMP
 from ..topi_core.config import Settings
 from ..topi_core.layout import Layout
 from ..topi_core.trace import Anchor, Run, Trace
+from .caches import Caches
 from .changes import changes, hook, with_replacements
 from .compiled import apart, take_over
 from .families.family import Family
@@ -33,19 +34,8 @@ KEY = "topi"
 log = logging.getLogger(__name__)
 
 
-def attach(
-    model: ModelPatcher,
-    family: Family,
-    settings: Settings,
-    trace: Trace,
-    on_anchor: Callable[[Run, Anchor], None] | None = None,
-) -> ModelPatcher:
-    """A clone of the model that prunes by these settings, appends its runs to the trace and tells of each anchor."""
-    return put(model, Patch(family, settings, trace, on_anchor))
-
-
-def put(model: ModelPatcher, patch: Patch) -> ModelPatcher:
-    """A clone of the model with the wrappers of a patch."""
+def attach(model: ModelPatcher, patch: Patch) -> ModelPatcher:
+    """A clone of the model with the two wrappers of a patch."""
     patched = model.clone()
     around_call = WrappersMP.DIFFUSION_MODEL if patch.family.arguments is None else WrappersMP.APPLY_MODEL
     for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, patch.sample), (around_call, patch.call)):
@@ -56,7 +46,10 @@ def put(model: ModelPatcher, patch: Patch) -> ModelPatcher:
 
 @dataclass
 class Patch:
-    """The two wrappers. Holds settings only; the state of a run travels in its transformer_options."""
+    """The two wrappers. Holds settings only; the state of a run travels in its transformer_options.
+
+    Each run is appended to the trace when it starts, and `on_anchor` is told of each of its anchors.
+    """
 
     family: Family
     settings: Settings
@@ -108,8 +101,9 @@ class Patch:
         low = float("-inf") if s.end_percent == 1 else sampling.percent_to_sigma(s.end_percent)
         draw = partial(picture, latent_format=latent_format)
         seed, images = arguments.get("seed") or 0, arguments["noise"].shape[0]
-        memory = Memory(patcher, self.family.keys_width(network), self.family.key_heads(network))
-        return RunState(record, (high, low), seed, images, memory, draw, self.on_anchor)
+        memory = Memory(patcher, self.family.keys_width(network))
+        caches = Caches(s.forecast, self.family.key_heads(network))
+        return RunState(record, (high, low), seed, images, memory, caches, draw, self.on_anchor)
 
     def call(self, executor, *args, **kwargs):
         """DIFFUSION_MODEL or APPLY_MODEL: one call of the network."""

@@ -16,7 +16,7 @@ from ..topi_core.influence import attention_received
 from ..topi_core.layout import Layout
 from ..topi_core.schedule import step_of
 from ..topi_core.trace import Trace
-from .attach import Patch, put
+from .attach import Patch, attach
 from .families import family_of
 from .run import Call, State
 
@@ -65,7 +65,7 @@ class ToPiCalibrate(io.ComfyNode):
             raise ValueError(f"top_m must be in [1, {depth}] for this model of {depth} layers, got {top_m}")
         calibrating = Calibrating(family.name, depth, family.hidden(network), top_m)
         settings = Settings(depth=depth, front_layers=0)  # nothing is ever pruned
-        return io.NodeOutput(put(model, Calibrator(family, settings, calibrating.trace)), calibrating)
+        return io.NodeOutput(attach(model, Calibrator(family, settings, calibrating.trace)), calibrating)
 
 
 class Calibrator(Patch):

@@ -21,8 +21,6 @@ class Memory:
     model: ModelPatcher
     keys: int
     """Width of a token's keys over all attentions."""
-    key_heads: int | None = None
-    """How many heads of keys the model has, where fewer than of queries."""
 
     def size(self, tokens: int) -> int:
         """Bytes of the keys and values of so many tokens."""

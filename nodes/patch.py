@@ -12,7 +12,7 @@ from ..topi_core.influence import Metric
 from ..topi_core.profiles import default_front_layers
 from ..topi_core.trace import Trace
 from . import profile_files
-from .attach import attach
+from .attach import Patch, attach
 from .events import announcer
 from .families import family_of
 
@@ -155,4 +155,4 @@ class ToPiPatch(io.ComfyNode):
         )
         trace = Trace()
         node_id = cls.hidden.unique_id if cls.hidden else None  # none outside of a prompt
-        return io.NodeOutput(attach(model, family, settings, trace, announcer(node_id)), trace)
+        return io.NodeOutput(attach(model, Patch(family, settings, trace, announcer(node_id))), trace)

@@ -191,6 +191,7 @@ class RunState(State):
         seed: int,
         images: int,
         memory: Memory,
+        caches: Caches,
         picture: Callable[[Tensor], Tensor | None],
         on_anchor: Callable[[Run, Anchor], None] | None = None,
     ):
@@ -212,7 +213,7 @@ class RunState(State):
         self.groups: list[Group] = []
         self.group_of_cond: dict[Cond, Group] = {}
         self.kept: dict[tuple[int, ...], Tensor] = {}  # by the groups of a call's chunks, until the next anchor
-        self.caches = Caches(self.settings.forecast, memory.key_heads)  # of the mode "reuse"
+        self.caches = caches  # of the mode "reuse"
         self.open: OpenStep | None = None
 
     def begin(self, options: dict, references: list[Tensor], layout: Layout, latent: Tensor) -> Call:

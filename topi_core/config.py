@@ -8,8 +8,9 @@ from typing import Literal, get_args
 from .influence import Metric
 from .schedule import Spacing
 
-MODES = ("reuse", "prune")
-SPACINGS = ("auto", "steps", "sigma")
+Mode = Literal["reuse", "prune"]
+AnySpacing = Literal["auto", "steps", "sigma"]
+MODES, SPACINGS = get_args(Mode), get_args(AnySpacing)
 
 
 def _within(name: str, value: float, low: float, high: float) -> None:
@@ -43,8 +44,8 @@ class Settings:
     profile: str = ""
     tau: float = 0.85
     update_interval: int = 10
-    mode: str = "prune"
-    spacing: Literal["auto", "steps", "sigma"] = "auto"
+    mode: Mode = "prune"
+    spacing: AnySpacing = "auto"
     first_anchor: int = 0
     start_percent: float = 0.0
     end_percent: float = 1.0

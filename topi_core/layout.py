@@ -1,4 +1,4 @@
-"""Where the tokens of one model call stand in the sequence: [text | target | reference 1 | reference 2 | ...]."""
+"""Where the tokens of one model call stand in the sequence, by default [text | target | reference 1 | ...]."""
 
 from __future__ import annotations
 

@@ -51,7 +51,9 @@ class ContextCache:
     step: int
     sigma: float
     offload: bool = False
-    key_heads: int | None = None  # where more heads than these come, in a row the same ones, they are held once
+    key_heads: int | None = (
+        None  # where more heads than these come, in a row the same ones, they are held once
+    )
     before: ContextCache | None = None
     kept: Tensor | None = None  # [I, K] into the context, once it is known
     entries: dict[Place, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -61,7 +63,10 @@ class ContextCache:
     stream: torch.cuda.Stream | None = None
 
     def put(self, place: Place, k: Tensor, v: Tensor) -> None:
-        """Takes over the context's part of an attention's keys and values [I, .., C, D]; they are copied."""
+        """Takes over the context's part of an attention's keys and values [I, .., C, D]; they are copied.
+
+        With `key_heads` they are [I, H, C, D].
+        """
         if self.key_heads:
             repeated = k.shape[1] // self.key_heads
             k, v = k[:, ::repeated], v[:, ::repeated]
