@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
+from torch import Tensor
 
 from topi_core import cost
 from topi_core.metrics import psnr, ssim
@@ -73,16 +74,20 @@ def measure(scenarios: tuple[Scenario, ...], count: int, done: set[tuple]):
                 "group": GRAMMAR[kind][0],
                 "edits": number,
                 "references": len(batch.references),
-                "psnr": psnr(image, full).clamp(max=100).tolist(),
-                "ssim": ssim(image, full).tolist(),
-                "psnr_to_expected": psnr(image, coded).tolist(),
-                "psnr_of_full_to_expected": psnr(full, coded).tolist(),
+                "psnr": _values(psnr(image, full).clamp(max=100), 3),
+                "ssim": _values(ssim(image, full), 5),
+                "psnr_to_expected": _values(psnr(image, coded), 3),
+                "psnr_of_full_to_expected": _values(psnr(full, coded), 3),
                 "kept": fmean(anchor.share for anchor in run.anchors),
                 "anchors": [anchor.step for anchor in run.anchors],
                 "predicted": cost.speedup(run) * s.steps / computed,
                 "seconds": round(time.monotonic() - started, 2),
                 **where,
             }
+
+
+def _values(x: Tensor, digits: int) -> list[float]:
+    return [round(value, digits) for value in x.tolist()]
 
 
 def table(rows: list[dict], name: str) -> list[str]:

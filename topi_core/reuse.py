@@ -51,9 +51,7 @@ class ContextCache:
     step: int
     sigma: float
     offload: bool = False
-    key_heads: int | None = (
-        None  # where more heads than these come, in a row the same ones, they are held once
-    )
+    key_heads: int | None = None  # where more heads than these come, in a row the same ones, they are held once
     before: ContextCache | None = None
     kept: Tensor | None = None  # [I, K] into the context, once it is known
     entries: dict[Place, tuple[Tensor, Tensor]] = field(default_factory=dict)
