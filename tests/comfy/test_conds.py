@@ -2,6 +2,7 @@
 
 import comfy.sample
 import comfy.samplers
+import comfyui_version
 import pytest
 import torch
 from oracle import Oracle, compare
@@ -20,6 +21,8 @@ from sampling import (
     sample,
 )
 from small_models import FLUX1, FLUX2, KREA, QWEN, shared
+
+from topi_demo.runtime import VERSION
 
 REUSE = {"mode": "reuse", "tau": 1.0, "update_interval": 3}
 by_mode = pytest.mark.parametrize(
@@ -93,6 +96,10 @@ def test_tokens_before_the_prompts(family, inputs, monkeypatch):
     positive, start = conditioning(family, [latent(family)]), empty(family)
     exact = {"update_interval": 1} if inputs["mode"] == "reuse" else {"tau": 1.0}
     full = sample(model, positive, latent=start, steps=7)
+    if comfyui_version.__version__ != VERSION and torch.equal(
+        full, sample(shared(family), positive, latent=start, steps=7)
+    ):
+        pytest.skip(f"ComfyUI {comfyui_version.__version__} has no such patch in {family.name}")
     image = sample(patch(model, **layer_inputs(family), **inputs | exact)[0], positive, latent=start, steps=7)
     assert torch.equal(image, full)
     monkeypatch.setattr(Oracle, "added_text", 5)
