@@ -2,8 +2,9 @@
 
 Held-out edits with fixed seeds, as many of each of the paper's groups; every scenario makes all of them, and each image
 is compared with the full run's and with the one that was asked for. A row of the results is one scenario on one kind of
-edit, written as soon as it is measured: an interrupted benchmark goes on where it stopped. Speed-ups in here are the
-cost model's (appendix F); `bench.speed` measures them.
+edit, written as soon as it is measured: an interrupted benchmark goes on where it stopped. Rows of the same weights
+count as done whatever the code was: after a change of it, delete those that it touches. Speed-ups in here are the cost
+model's (appendix F); `bench.speed` measures them.
 """
 
 from __future__ import annotations
