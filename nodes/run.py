@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..topi_core.calibration import TOP_M, sensitivity, top_layers
 from ..topi_core.cost import call_flops
-from ..topi_core.influence import attention_received, influence, random_score, similarity
+from ..topi_core.influence import attention_received, fusible, influence, random_score, similarity
 from ..topi_core.layout import Layout
 from ..topi_core.reuse import ContextCache
 from ..topi_core.schedule import Schedule
@@ -342,6 +342,7 @@ class RunState(State):
         )  # fmt: skip
 
     def score(self, call: Call, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+        fusible(q)  # what it compiles when it is first asked is not the time of scoring
         with call.watch.on(q.device):
             received = attention_received(q, k, call.layout, mask)
             call.hear(layer, received)

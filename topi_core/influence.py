@@ -6,12 +6,16 @@ after RoPE; the softmax runs over all N keys and its scale is 1 / sqrt(D).
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .layout import Layout
+
+log = logging.getLogger(__name__)
 
 Metric = Literal["influence", "attention", "similarity", "random"]
 
@@ -30,7 +34,48 @@ def attention_received_plain(q: Tensor, k: Tensor, layout: Layout, mask: Tensor 
     return logits.softmax(-1)[..., layout.context].sum(-2)
 
 
-def attention_received(
+def attention_received(q: Tensor, k: Tensor, layout: Layout, mask: Tensor | None = None) -> Tensor:
+    """`attention_received_plain`, computed in float32 (float64 stays): fused where `fusible`, else in chunks."""
+    if q.shape != k.shape or q.shape[2] != layout.tokens:
+        raise ValueError(
+            f"queries {tuple(q.shape)} and keys {tuple(k.shape)} must both be [B, H, {layout.tokens}, D] for {layout}"
+        )
+    if mask is None and fusible(q):
+        from .fused import attention_received_fused
+
+        return attention_received_fused(q, k, layout)
+    return attention_received_chunked(q, k, layout, mask)
+
+
+def fusible(q: Tensor) -> bool:
+    """Whether `attention_received` runs as Triton kernels for queries like these; the first question compiles them."""
+    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and fused_agrees(q.device, q.dtype, q.shape[-1])
+
+
+@cache
+def fused_agrees(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Whether the fused form runs on this device, and gives on a small case what the plain one gives."""
+    try:
+        from .fused import attention_received_fused
+    except ImportError:  # Triton is not part of every torch
+        return False
+    layout = Layout(16, (9, 11), ((7, 9), (5, 5)))
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, layout.tokens, 2, width, generator=generator).to(dtype).transpose(2, 3)
+    plain = attention_received_plain(q.float(), k.float(), layout)
+    try:
+        fused = attention_received_fused(q.to(device), k.to(device), layout).cpu()
+        error = (fused / plain - 1).abs().max().item()
+    except Exception as reason:  # no compiler, no driver, a GPU that Triton does not know
+        log.warning("ToPi: Triton does not work here, so influence is computed without it, which is slower: %s", reason)
+        return False
+    if not error < 1e-3:
+        log.warning("ToPi: Triton is off by %.1e here, so influence is computed without it, which is slower", error)
+        return False
+    return True
+
+
+def attention_received_chunked(
     q: Tensor, k: Tensor, layout: Layout, mask: Tensor | None = None, budget: int = BUDGET
 ) -> Tensor:
     """`attention_received_plain` in chunks over heads and target rows, computed in float32 (float64 stays).
@@ -38,10 +83,6 @@ def attention_received(
     The score matrices of a chunk and their softmax take at most `budget` bytes, as long as one row fits.
     """
     rows, heads, tokens, width = q.shape
-    if q.shape != k.shape or tokens != layout.tokens:
-        raise ValueError(
-            f"queries {tuple(q.shape)} and keys {tuple(k.shape)} must both be [B, H, {layout.tokens}, D] for {layout}"
-        )
     dtype = torch.promote_types(q.dtype, torch.float32)
     if mask is not None:
         mask = mask.expand(rows, heads, mask.shape[-2], tokens)

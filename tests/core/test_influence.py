@@ -6,6 +6,7 @@ import torch
 
 from topi_core.influence import (
     attention_received,
+    attention_received_chunked,
     attention_received_plain,
     influence,
     random_score,
@@ -41,7 +42,7 @@ def test_chunked_equals_plain(mask, budget):
     q, k, _ = qkv()
     mask = masks()[mask]
     plain = attention_received_plain(q, k, LAYOUT, mask)
-    torch.testing.assert_close(attention_received(q, k, LAYOUT, mask, budget), plain, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(attention_received_chunked(q, k, LAYOUT, mask, budget), plain, rtol=1e-12, atol=1e-14)
 
 
 def test_influence_equals_equation_9_written_out():
@@ -77,14 +78,14 @@ def test_memory_stays_within_the_budget_at_full_image_size():
     """4096 target rows against 8704 keys are 142 MB a head; with 16 MB of budget the process grows by far less."""
     code = """
 import resource, torch
-from topi_core.influence import attention_received
+from topi_core.influence import attention_received_chunked
 from topi_core.layout import Layout
 torch.set_num_threads(1)
 layout = Layout(512, (64, 64), ((64, 64),))
 q = torch.randn(1, 2, layout.tokens, 8)
-attention_received(q[:, :, :64], q[:, :, :64], Layout(16, (4, 4), ((4, 8),)))
+attention_received_chunked(q[:, :, :64], q[:, :, :64], Layout(16, (4, 4), ((4, 8),)))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-attention_received(q, q, layout, budget=16 * 2**20)
+attention_received_chunked(q, q, layout, budget=16 * 2**20)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     grown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
