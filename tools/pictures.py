@@ -36,14 +36,17 @@ WORKFLOWS = ROOT / "workflows"
 THUMBNAIL = (640, 400)
 LARGE = {"width": 1600, "height": 1000}
 SHOW_GROUPS = """
-([width, height]) => {
-  const boxes = app.rootGraph.groups.map(({ pos, size }) => [...pos, pos[0] + size[0], pos[1] + size[1]]);
+([width, height, titles]) => {
+  const groups = app.rootGraph.groups.filter((group) => !titles || titles.includes(group.title));
+  const boxes = groups.map(({ pos, size }) => [...pos, pos[0] + size[0], pos[1] + size[1]]);
   const [left, top] = [0, 1].map((i) => Math.min(...boxes.map((box) => box[i])) - 20);
   const [right, bottom] = [2, 3].map((i) => Math.max(...boxes.map((box) => box[i])) + 20);
   const scale = Math.min(width / (right - left), height / (bottom - top));
   app.canvas.ds.scale = scale;
   app.canvas.ds.offset = [(width / scale - right - left) / 2, (height / scale - bottom - top) / 2];
   app.canvas.setDirty(true, true);
+  const [x, y] = [left + app.canvas.ds.offset[0], top + app.canvas.ds.offset[1]];
+  return { x: x * scale, y: y * scale, width: (right - left) * scale, height: (bottom - top) * scale };
 }
 """
 ADD_COMPARE = """
@@ -95,6 +98,7 @@ def main() -> None:
             frame = context.request.get(page.run("topiTest.images('ToPiMaskPreview')[0].src")).body()
             frame = Image.open(BytesIO(frame)).convert("RGB").resize((400, 400), Image.NEAREST)
             frame.save(WORKFLOWS / f"{QUICKSTART}.jpg", quality=85)
+            quickstart(Page(context.new_page(), server.address))
             thumbnails(Page(context.new_page(), server.address))
 
 
@@ -109,6 +113,19 @@ def pretend_to_have_models(server: Server) -> None:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.touch()
     shutil.copy(comfyui_dir() / "input" / "example.png", base / "input")
+
+
+def quickstart(page: Page) -> None:
+    """The README's picture of the page after a run."""
+    page.page.set_viewport_size(LARGE)
+    page.open(vue=True, settings={"Comfy.Graph.CanvasInfo": False, "Comfy.Graph.CanvasMenu": False})
+    page.load_template(QUICKSTART)
+    page.queue()
+    page.run("app.extensionManager.command.execute('Workspace.ToggleFocusMode')")
+    shown = page.run(SHOW_GROUPS, [LARGE["width"], LARGE["height"], ["ToPi and sampling", "Results"]])
+    page.page.wait_for_timeout(3000)
+    page.page.screenshot(path=ROOT / "docs" / "images" / "page.jpg", quality=80, type="jpeg", clip=shown)
+    page.close()
 
 
 def thumbnails(page: Page) -> None:

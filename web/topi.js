@@ -22,7 +22,7 @@ STYLE.replaceSync(`
 .topi-controls button { width: 28px; padding: 2px 0; border: 0; border-radius: 4px; cursor: pointer; color: inherit;
   background: var(--comfy-input-bg, #333); }
 .topi-status { min-height: 1.3em; overflow-wrap: anywhere; }
-.topi-text { flex: 1 1 0; min-height: 0; margin: 0; padding: 6px; overflow: auto; user-select: text; white-space: pre;
+.topi-text { flex: 1 1 0; min-height: 0; margin: 0; padding: 6px; overflow: auto; user-select: text; white-space: pre-wrap;
   font: 11px monospace; background: var(--comfy-input-bg, #222); border-radius: 4px; }
 `);
 
