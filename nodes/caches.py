@@ -50,20 +50,21 @@ class Caches:
     def fresh(self, conds: Sequence[Cond], step: int, sigma: float, size: float, room: Room) -> list[ContextCache]:
         """Empty caches of `size` bytes each for the conds of an anchor call; none where there is no room."""
         held = self._held(conds, step, size, room)
-        if not held:
-            for cond in conds:
-                self.of_cond.pop(cond, None)  # before the new ones take their room
+        for cond in conds:  # the others go before the new ones take their room
+            if cond not in held and cond in self.of_cond:
+                self.of_cond.pop(cond).clear()
+        if self.offloaded:
+            release_pinned()
         where: Where | None = "device" if held else self._where(conds, len(conds) * size, room)
         if where is None:
             return []
         self.filling = [ContextCache(step, sigma, where == "host", self.key_heads) for _ in conds]
         for cond, cache in zip(conds, self.filling, strict=True):
-            before = held.get(cond)
+            cache.before = before = held.get(cond)
             if before and before.step == step:  # another call of this very anchor: its first one found what changed
                 cache.changes, cache.span = before.changes, before.span
             elif before:
                 before.changes.clear()
-                cache.before = before
         return self.filling
 
     def keep(self, conds: Sequence[Cond], caches: Sequence[ContextCache]) -> None:
@@ -82,13 +83,11 @@ class Caches:
 
     def clear(self) -> None:
         """Lets go of all memory at once, also where an error's frames still hold a cache."""
-        caches = [*self.of_cond.values(), *self.filling]
-        offloaded = any(cache.offload for cache in caches)
-        for cache in caches:
+        for cache in (*self.of_cond.values(), *self.filling):
             cache.clear()
         self.of_cond.clear()
         self.filling = []
-        if offloaded:
+        if self.offloaded:
             release_pinned()
 
     def _held(self, conds: Sequence[Cond], step: int, size: float, room: Room) -> dict[Cond, ContextCache]:

@@ -27,10 +27,13 @@ class Memory:
         return 2 * tokens * self.keys * self.model.model.get_dtype_inference().itemsize
 
     def room(self, latent: Tensor, references: Sequence[Tensor]) -> Room:
-        """The room beside a call with these latents [B, ...], whose own need is ComfyUI's estimate."""
+        """The room beside a call with these latents [B, ...], whose own need is ComfyUI's estimate.
+
+        Half as much again stays free, as ComfyUI asks for before it runs so many prompts in one call.
+        """
         shapes = {"ref_latents": [list(reference.shape) for reference in references]}
         step = self.model.model.memory_required(list(latent.shape), cond_shapes=shapes)
-        reserve = max(mm.minimum_inference_memory(), step + mm.extra_reserved_memory())
+        reserve = max(mm.minimum_inference_memory(), step + mm.extra_reserved_memory(), 1.5 * step)
         return Room(self.model, latent.device, reserve)
 
 
@@ -55,7 +58,8 @@ class Room:
         if self._free() >= size + self.reserve:
             return "device"
         host = torch.device("cpu")
-        fits = self.device != host and mm.get_free_memory(host) >= size + mm.minimum_inference_memory()
+        most = 2 * size  # torch rounds each block of page-locked memory up to a power of two
+        fits = self.device != host and mm.get_free_memory(host) >= most + mm.minimum_inference_memory()
         return "host" if fits else None
 
     def _free(self) -> float:
@@ -66,4 +70,5 @@ def release_pinned() -> None:
     """Gives page-locked memory that nothing holds back to the system; torch would keep it for the process's life."""
     empty = getattr(torch._C, "_host_emptyCache", None)
     if empty is not None and torch.cuda.is_available():
+        torch.cuda.synchronize()  # what the GPU may still be reading stays
         empty()

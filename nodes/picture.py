@@ -20,5 +20,6 @@ def picture(latent: Tensor, latent_format) -> Tensor | None:
         latent_format.latent_rgb_factors_bias,
         latent_format.latent_rgb_factors_reshape,
     )
+    latent = latent.cpu().float()  # of a GPU's the previewer would read pixels that are still on their way
     rows = [previewer.decode_latent_to_preview(latent[i : i + 1]) for i in range(latent.shape[0])]
     return torch.stack([torch.from_numpy(numpy.array(row)) for row in rows])

@@ -27,7 +27,7 @@ def tile(start, count, width, stride, N: tl.constexpr, D: tl.constexpr):
     return token[:, None] * stride + number[None, :], (token < count)[:, None] & (number < width)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "rows", "tokens"])  # compiled once for all sizes of images
 def log_sum_exp(
     q, k, out, scale, heads, rows, tokens, width, q_batch, q_head, q_token, k_batch, k_head, k_token,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr,
@@ -52,7 +52,7 @@ def log_sum_exp(
     tl.store(out + plane * rows + row, most + tl.log2(total), mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "rows", "columns"])
 def column_sums(
     q, k, lse, out, scale, heads, rows, columns, width, q_batch, q_head, q_token, k_batch, k_head, k_token,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr,

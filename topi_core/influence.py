@@ -49,7 +49,8 @@ def attention_received(q: Tensor, k: Tensor, layout: Layout, mask: Tensor | None
 
 def fusible(q: Tensor) -> bool:
     """Whether `attention_received` runs as Triton kernels for queries like these; the first question compiles them."""
-    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and fused_agrees(q.device, q.dtype, q.shape[-1])
+    nvidia = q.is_cuda and torch.version.hip is None  # of AMD's, some hang in Triton's products, which nothing catches
+    return nvidia and q.dtype in (torch.float16, torch.bfloat16) and fused_agrees(q.device, q.dtype, q.shape[-1])
 
 
 @cache

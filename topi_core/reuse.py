@@ -11,8 +11,10 @@ Axes: I images of one cond, H heads, C context tokens, K kept ones, D head dimen
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -45,7 +47,8 @@ class ContextCache:
     """One cond's keys and values of its context, in every attention of the model, as they were at `sigma`.
 
     With `offload` they lie in host memory, pinned where the device is CUDA, and come back a layer ahead of their use.
-    With `before`, the same cond's cache of the anchor before, on the same device, they are forecast; it is used up.
+    `before` is the same cond's cache on the same device that this one takes the place of, layer by layer. Where that is
+    of the anchor before, keys and values are forecast; an earlier call of the same anchor only makes room.
     """
 
     step: int
@@ -58,7 +61,6 @@ class ContextCache:
     changes: dict[Place, tuple[Tensor, Tensor]] = field(default_factory=dict)  # since the anchor before
     span: float = 0.0  # of sigma, since then
     coming: dict[Place, _Transfer] = field(default_factory=dict)
-    stream: torch.cuda.Stream | None = None
 
     def put(self, place: Place, k: Tensor, v: Tensor) -> None:
         """Takes over the context's part of an attention's keys and values [I, .., C, D]; they are copied.
@@ -69,12 +71,14 @@ class ContextCache:
             repeated = k.shape[1] // self.key_heads
             k, v = k[:, ::repeated], v[:, ::repeated]
         copy = _to_host if self.offload else torch.clone
-        self.entries[place] = copy(k), copy(v)
         if self.before is not None:
             old = self.before.entries.pop(place)
-            dk, dv = (_change(new, was, self.before.kept) for new, was in zip((k, v), old, strict=True))
-            self.changes[place] = dk, dv
-            self.span = self.sigma - self.before.sigma
+            if self.before.step != self.step:
+                dk, dv = (_change(new, was, self.before.kept) for new, was in zip((k, v), old, strict=True))
+                self.changes[place] = dk, dv
+                self.span = self.sigma - self.before.sigma
+            del old  # before its place is taken
+        self.entries[place] = copy(k), copy(v)
 
     def shrink(self, kept: Tensor) -> None:
         """Drops the tokens that are not kept: kept [I, K], ascending, on any device."""
@@ -109,11 +113,11 @@ class ContextCache:
     def _arrived(self, place: Place, device: torch.device) -> tuple[Tensor, Tensor]:
         if not self.offload or device.type != "cuda":
             return self.entries[place]
-        self.stream = self.stream or torch.cuda.Stream(device)
-        transfer = self.coming.pop(place, None) or _Transfer(self.entries[place], self.stream)
+        stream = _stream(device)
+        transfer = self.coming.pop(place, None) or _Transfer(self.entries[place], stream)
         after = self._after(place)
         if after is not None:
-            self.coming[after] = _Transfer(self.entries[after], self.stream)
+            self.coming[after] = _Transfer(self.entries[after], stream)
         return transfer.arrived()
 
     def _after(self, place: Place) -> Place | None:
@@ -161,7 +165,7 @@ def extend_mask(mask: Tensor, own: int, kept: int) -> Tensor:
 def _take(x: Tensor, kept: Tensor) -> Tensor:
     """x [I, H, C, D] or [I, C, W] -> the same with K tokens, in pinned memory where x lies there."""
     shape = (*x.shape[:-2], kept.shape[1], x.shape[-1])
-    out = torch.empty(shape, dtype=x.dtype, device=x.device, pin_memory=x.is_pinned())
+    out = x.new_empty(shape) if x.device.type != "cpu" else _on_host(shape, x.dtype, x.is_pinned())
     for image, own, taken in zip(x, kept, out, strict=True):
         torch.index_select(image, -2, own, out=taken)
     return out
@@ -181,13 +185,22 @@ def _change(new: Tensor, old: Tensor, kept: Tensor | None) -> Tensor:
 
 
 def _to_host(x: Tensor) -> Tensor:
-    if x.device.type != "cuda":
-        return x.to("cpu", copy=True)
-    try:
-        pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-    except RuntimeError:  # a system lets only a part of its memory be pinned; what is not is copied more slowly
-        return x.to("cpu", copy=True)
-    return pinned.copy_(x, non_blocking=True)
+    out = _on_host(x.shape, x.dtype, pinned=x.device.type == "cuda")
+    return out.copy_(x, non_blocking=out.is_pinned())
+
+
+def _on_host(shape: Sequence[int], dtype: torch.dtype, pinned: bool) -> Tensor:
+    """A system lets only a part of its memory be pinned; what is not is copied more slowly."""
+    if pinned:
+        with contextlib.suppress(RuntimeError):
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
+    return torch.empty(shape, dtype=dtype)
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all transfers to a device: torch has 32 of them, and ComfyUI moves weights on others."""
+    return torch.cuda.Stream(device)
 
 
 class _Transfer:

@@ -1,6 +1,7 @@
 """The mode "reuse": its memory, what becomes of it, and what else is put on a model."""
 
 import gc
+import weakref
 
 import comfy.model_management
 import pytest
@@ -30,6 +31,25 @@ def caches_alive() -> int:
     gc.collect()
     kind = pack_module("topi_core.reuse").ContextCache
     return sum(isinstance(thing, kind) and bool(thing.entries) for thing in gc.get_objects())
+
+
+@pytest.fixture
+def bytes_held(monkeypatch):
+    """Tells the bytes of all keys and values, and what changed of them; a dict that two caches share counts once."""
+    made, kind = [], pack_module("topi_core.reuse").ContextCache
+
+    def make(*args):
+        cache = kind(*args)
+        made.append(weakref.ref(cache))
+        return cache
+
+    def count() -> int:
+        live = [cache for ref in made if (cache := ref())]
+        parts = {id(part): part for cache in live for part in (cache.entries, cache.changes)}
+        return sum(x.nbytes for part in parts.values() for pair in part.values() for x in pair)
+
+    monkeypatch.setattr(pack_module("nodes.caches"), "ContextCache", make)
+    return count
 
 
 @pytest.mark.parametrize("forecast", [True, False])
@@ -134,16 +154,70 @@ def test_room_is_on_the_device_then_on_the_host_then_nowhere(monkeypatch):
 
 
 def test_the_reserve_is_what_comfyui_says_a_call_takes(monkeypatch):
-    """Of a latent and its references; never less than ComfyUI's minimum."""
+    """Of a latent and its references, and half as much again, or ComfyUI would run fewer prompts in one call.
+
+    Never less than ComfyUI's minimum, nor than a call and what the user reserves.
+    """
     model = shared(FLUX1)
     memory, picture = pack_module("nodes.memory").Memory(model, keys=HIDDEN), empty(FLUX1)
     least = comfy.model_management.minimum_inference_memory()
     assert memory.room(picture, []).reserve == least
     large = torch.zeros(1).expand(2, 16, 128, 128)
     alone, beside = (memory.room(large, [large] * count).reserve for count in (0, 2))
-    extra = comfy.model_management.extra_reserved_memory()
-    assert alone == model.model.memory_required([2, 16, 128, 128]) + extra > least
-    assert beside - extra == pytest.approx(3 * (alone - extra))
+    step = model.model.memory_required([2, 16, 128, 128])
+    assert alone == 1.5 * step > least
+    assert beside == pytest.approx(3 * alone)
+    monkeypatch.setattr(comfy.model_management, "EXTRA_RESERVED_VRAM", 2**50)
+    assert memory.room(large, []).reserve == step + 2**50
+
+
+@pytest.mark.parametrize("negative", [False, True])
+@pytest.mark.parametrize("forecast", [False, True])
+def test_the_old_keys_are_gone_before_room_is_asked_for_new_ones(monkeypatch, bytes_held, forecast, negative):
+    """With room on the device for one cache of each prompt, and a host without any, every anchor finds room."""
+    asked = []
+
+    def where(room, size):
+        asked.append(size)
+        return "device" if bytes_held() + size <= 1.25 * asked[0] else None
+
+    monkeypatch.setattr(pack_module("nodes.memory").Room, "where", where)
+    patched, trace = patch(
+        shared(FLUX1), **layer_inputs(FLUX1), mode="reuse", tau=1.0, update_interval=2, forecast=forecast
+    )
+    second = dict(negative=conditioning(FLUX1, [latent(FLUX1)], seed=5), cfg=2.0) if negative else {}
+    sample(patched, conditioning(FLUX1, [latent(FLUX1)]), latent=empty(FLUX1), steps=8, **second)
+    run = last_run(trace)
+    assert len(run.anchors) == 4 and not run.no_room and not run.forecast
+    assert len(asked) == 4 + forecast  # and is not asked for it again
+
+
+def test_a_second_call_of_an_anchor_takes_the_place_of_the_first(monkeypatch, bytes_held):
+    """dpm_2 calls the model twice a step: with a forecast there is never more than was asked for."""
+    most, put = [0], pack_module("topi_core.reuse").ContextCache.put
+
+    def counted(cache, *args):
+        put(cache, *args)
+        most[0] = max(most[0], bytes_held())
+
+    monkeypatch.setattr(pack_module("topi_core.reuse").ContextCache, "put", counted)
+    patched, trace = patch(shared(FLUX1), **layer_inputs(FLUX1), mode="reuse", tau=1.0, update_interval=2)
+    sample(patched, conditioning(FLUX1, [latent(FLUX1)]), latent=empty(FLUX1), steps=6, sampler="dpm_2")
+    run = last_run(trace)
+    assert run.forecast and len(run.anchors) == 3
+    assert most[0] <= run.cache_bytes * (1 + 1 / FLUX1.depth)
+
+
+def test_page_locked_memory_is_given_back_wherever_the_last_keys_lay(monkeypatch):
+    places, given = iter(["device", "host", "device"]), []
+    monkeypatch.setattr(pack_module("nodes.memory").Room, "where", lambda room, size: next(places))
+    monkeypatch.setattr(pack_module("nodes.caches"), "release_pinned", lambda: given.append(None))
+    patched, trace = patch(
+        shared(FLUX1), **layer_inputs(FLUX1), mode="reuse", tau=1.0, update_interval=2, forecast=False
+    )
+    sample(patched, conditioning(FLUX1, [latent(FLUX1)]), latent=empty(FLUX1), steps=6)
+    assert len(last_run(trace).anchors) == 3 and next(places, None) is None
+    assert len(given) == 2  # before the third anchor asks the host for room, and at the end
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
