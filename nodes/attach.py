@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import comfy.model_management as mm
 import comfy.model_patcher
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
@@ -120,6 +121,17 @@ class Patch:
             )
             return executor(*args, **kwargs)
 
+        try:
+            return self._call(executor, args, kwargs, state)
+        except mm.OOM_EXCEPTION:
+            if not state.give_up():
+                raise
+        return self._call(executor, args, kwargs, state)  # when the error's frames hold nothing any more
+
+    def _call(self, executor, args: Sequence, kwargs: dict[str, Any], state: State):
+        names = list(inspect.signature(executor.original).parameters)
+        given = dict(zip(names, args, strict=False)) | kwargs
+        options, x = given["transformer_options"], given[names[0]]
         family, hooked = self.family, self.family.arguments is not None
         network = executor.class_obj.diffusion_model if hooked else executor.class_obj
         text = given["c_crossattn" if hooked else "context"]
@@ -136,7 +148,7 @@ class Patch:
             if hooked:
                 hook(wanted, family.arguments, hooks)
             elif "transformer_options" in kwargs:
-                kwargs["transformer_options"] = with_replacements(options, wanted)
+                kwargs = kwargs | {"transformer_options": with_replacements(options, wanted)}
             else:  # other wrappers look for it by its place
                 args = list(args)
                 args[names.index("transformer_options")] = with_replacements(options, wanted)

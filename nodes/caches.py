@@ -33,14 +33,15 @@ class Cond(NamedTuple):
 
 class Caches:
     """Asks for room before it is taken. Without more of it there is no forecast, without any on the device they lie in
-    host memory, and without any there the prompts that need it run in full; the log says each of these once.
+    host memory, and without any there the prompts that need it run in full; the log says each of these once. Where the
+    device runs out of memory all the same, the rest of the run does without them.
     """
 
     def __init__(self, forecast: bool, key_heads: int | None = None):
         self.forecast = forecast
         self.key_heads = key_heads
         self.crowded: set[Cond] = set()  # those without room: they do not ask again
-        self.offloaded = False
+        self.offloaded = self.given_up = False
         self.of_cond: dict[Cond, ContextCache] = {}
         self.filling: list[ContextCache] = []  # those of the newest anchor call
 
@@ -81,6 +82,20 @@ class Caches:
     def forecasting(self) -> bool:
         return any(cache.changes for cache in self.of_cond.values())
 
+    def give_up(self) -> bool:
+        """Lets go of all memory, and takes none any more; False where there is none."""
+        caches = {id(cache): cache for cache in (*self.of_cond.values(), *self.filling)}.values()
+        size = sum(cache.nbytes for cache in caches)
+        if not size:
+            return False
+        log.warning(
+            "ToPi: the GPU ran out of memory beside %.1f GB of keys and values, so the rest of the run goes on in full",
+            size / 1e9,
+        )
+        self.clear()
+        self.given_up = True
+        return True
+
     def clear(self) -> None:
         """Lets go of all memory at once, also where an error's frames still hold a cache."""
         for cache in (*self.of_cond.values(), *self.filling):
@@ -112,7 +127,7 @@ class Caches:
         return held
 
     def _where(self, conds: Sequence[Cond], size: float, room: Room) -> Where | None:
-        if self.crowded.issuperset(conds):
+        if self.given_up or self.crowded.issuperset(conds):
             return None
         where = room.where(size)
         if where is None:

@@ -177,6 +177,10 @@ class State(ABC):
     def finish(self, latent: Tensor) -> None:
         """Completes the record of a run that made this latent."""
 
+    def give_up(self) -> bool:
+        """Lets go of what takes memory, as the device has run out of it; False where that is nothing."""
+        return False
+
     def release(self) -> None:  # noqa: B027 (most states hold nothing)
         """Lets go of what takes memory, also where an error keeps this object alive."""
 
@@ -271,6 +275,11 @@ class RunState(State):
             alike = [g.selection for g in self.groups if g.selection and g.fits(group.layout)]
             cache.shrink(group.selection.kept(max(count for selection in alike for count in selection.counts)))
         return cache
+
+    def give_up(self) -> bool:
+        given_up = self.caches.give_up()
+        self.record.no_room |= given_up
+        return given_up
 
     def release(self) -> None:
         self.caches.clear()

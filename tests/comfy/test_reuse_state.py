@@ -208,6 +208,34 @@ def test_a_second_call_of_an_anchor_takes_the_place_of_the_first(monkeypatch, by
     assert most[0] <= run.cache_bytes * (1 + 1 / FLUX1.depth)
 
 
+@pytest.mark.parametrize("when", ["put", "get"])
+def test_out_of_memory_the_run_goes_on_in_full_and_says_so(monkeypatch, caplog, when):
+    """At the first anchor, or in the first step that reuses: what had gone wrong is done again without the keys."""
+    kind, calls = pack_module("topi_core.reuse").ContextCache, []
+    method = getattr(kind, when)
+
+    def full(cache, place, *args):
+        calls.append(place)
+        if len(calls) > FLUX1.depth // 2:
+            raise torch.OutOfMemoryError("Allocation on device")
+        return method(cache, place, *args)
+
+    positive, start = conditioning(FLUX1, [latent(FLUX1)]), empty(FLUX1)
+    expected = sample(shared(FLUX1), positive, latent=start)
+    monkeypatch.setattr(kind, when, full)
+    patched, trace = patch(shared(FLUX1), **layer_inputs(FLUX1), **REUSE)
+    caplog.clear()
+    image = sample(patched, positive, latent=start)
+    assert torch.equal(image, expected) and caches_alive() == 0
+    assert set(kinds(trace)) == ({"full"} if when == "put" else {"full", "anchor"}) and last_run(trace).no_room
+    said = [r.getMessage() for r in caplog.records if "ran out of memory" in r.getMessage()]
+    assert len(said) == 1 and len(calls) == FLUX1.depth // 2 + 1
+    monkeypatch.setattr(pack_module("nodes.caches").Caches, "give_up", lambda caches: False)
+    calls.clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        sample(patched, positive, latent=start)
+
+
 def test_page_locked_memory_is_given_back_wherever_the_last_keys_lay(monkeypatch):
     places, given = iter(["device", "host", "device"]), []
     monkeypatch.setattr(pack_module("nodes.memory").Room, "where", lambda room, size: next(places))
