@@ -98,7 +98,7 @@ class Patch:
             linear=self.family.linear,
         )
         sampling = patcher.get_model_object("model_sampling")
-        high = sampling.percent_to_sigma(s.start_percent)
+        high = float("inf") if s.start_percent == 0 else sampling.percent_to_sigma(s.start_percent)
         low = float("-inf") if s.end_percent == 1 else sampling.percent_to_sigma(s.end_percent)
         draw = partial(picture, latent_format=latent_format)
         seed, images = arguments.get("seed") or 0, arguments["noise"].shape[0]

@@ -86,6 +86,7 @@ class ListeningState(State):
         self.record = record
         self.images = images
         self.sigmas: tuple[float, ...] | None = None
+        self.heard: set[int] = set()  # steps
 
     def begin(self, options: dict, references: list[Tensor], layout: Layout, latent: Tensor) -> Call:
         sigma = float(options["sigmas"][0])
@@ -98,7 +99,10 @@ class ListeningState(State):
 
     def end(self, call: Call) -> None:
         if call.computed and call.layers:
+            if call.missing and call.step in self.heard:
+                return  # guidance left blocks out, behind a call that had them all
             call.check()
+            self.heard.add(call.step)
             rows = torch.stack([call.sensitivity[layer] for layer in call.layers], dim=1)  # [conds x images, L]
             for cond in rows.split(self.images):
                 self.record.add(call.step, cond)

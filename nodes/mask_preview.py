@@ -53,7 +53,7 @@ class ToPiMaskPreview(io.ComfyNode):
     def execute(cls, trace, latent, image=None, reference=0, opacity=0.6) -> io.NodeOutput:
         run = trace.find(latent["samples"])
         image = None if image is None else image.cpu()  # on the device with --gpu-only
-        anchors = anchors_with(run, reference)
+        anchors = alike(run, anchors_with(run, reference), reference, image)
         if anchors:
             seen = [picture(run, anchor, reference, image) for anchor in anchors]
             pairs = list(zip(anchors, seen, strict=True))
@@ -83,6 +83,13 @@ def anchors_with(run: Run, reference: int) -> list[Anchor]:
         most = max(len(anchor.references) for anchor in run.anchors)
         raise ValueError(f"reference must be in [0, {most - 1}] for this run, got {reference}")
     return anchors
+
+
+def alike(run: Run, anchors: list[Anchor], reference: int, image: Tensor | None) -> list[Anchor]:
+    """Of prompts whose references differ in size, those that the image fits, or those with the first one's size."""
+    if image is None:
+        return [a for a in anchors if a.references[reference].size == anchors[0].references[reference].size]
+    return [a for a in anchors if geometry(run, a, reference).fits(image.shape[1:3])] or anchors
 
 
 def frames(anchor: Anchor, reference: int) -> list[dict]:

@@ -107,6 +107,16 @@ class Call:
         """Layers that it had to score and did not see."""
         return [layer for layer in self.layers if layer not in self.heard]
 
+    def leave_out(self, everything: bool) -> None:
+        """Lets layers that guidance left out score nothing, where others were heard, or with `everything` none is."""
+        if self.heard or everything:
+            rows, c = sum(len(group.references[0]) for group in self.chunks), self.layout.context_tokens
+            device = self.chunks[0].references[0].device
+            for layer in self.missing:
+                self.scores[layer] = torch.zeros(rows, c, device=device)
+                if self.search:
+                    self.sensitivity[layer] = torch.zeros(rows, device=device)
+
     def check(self) -> None:
         """RuntimeError where an anchor call ran and a layer that it had to score was not seen."""
         missing = self.missing
@@ -229,7 +239,7 @@ class RunState(State):
         step = self.schedule.step(sigma)
         if self.open is None or self.open.index != step:
             self._close_step()
-            self.open = OpenStep(step, sigma, time.perf_counter())
+            self.open = self._reopen(step) or OpenStep(step, sigma, time.perf_counter())
         self.record.context_tokens = max(self.record.context_tokens, layout.context_tokens)
         conds = Cond.of(options)
         if not references:
@@ -332,6 +342,9 @@ class RunState(State):
         chosen = group.selection
         bits, ranks = Bits.of(chosen.mask()), chosen.ranks()
         anchor = Anchor(step, sigma, group.layout, group.pictures, bits, seconds, ranks)
+        again = [a for a in self.record.anchors if a.step == step and a.references is group.pictures]
+        for a in again:  # a sampler that looks ahead scores a step more than once
+            self.record.anchors.remove(a)
         self.record.anchors.append(anchor)
         self.kept.clear()
         if self.on_anchor is not None:
@@ -382,6 +395,8 @@ class RunState(State):
             self.record.forecast |= self.caches.forecasting
         if call.missing and all(group.scored for group in call.chunks):
             return  # guidance left blocks out: what was scored without that still holds
+        if any(other.replaced < cond.replaced for cond in call.conds for other in self.group_of_cond):
+            call.leave_out(everything=self.settings.keeps_all)
         call.check()
         watches = [call.watch]  # counted once, for the first of the groups
         for i, group in enumerate(call.chunks):
@@ -396,6 +411,16 @@ class RunState(State):
             o = self.open
             self.record.steps.append(Step(o.index, o.sigma, o.kind, o.tokens, seconds, o.keys, o.taken, o.full))
             self.open = None
+
+    def _reopen(self, index: int) -> OpenStep | None:
+        """A step that the sampler comes back to after it has looked ahead, as heunpp2 does."""
+        for step in self.record.steps[-2:]:
+            if step.index == index:
+                self.record.steps.remove(step)
+                values = {**vars(step), "started": time.perf_counter() - step.seconds}
+                del values["seconds"]
+                return OpenStep(**values)
+        return None
 
     def finish(self, latent: Tensor) -> None:
         self.record.finish(latent)  # waits for the device, which the last step's time is to hold

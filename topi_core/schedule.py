@@ -63,6 +63,8 @@ class Schedule:
         """Whether an active step must score anew; `last` is the step that was scored last.
 
         An anchor that was missed, as an outer cache skipped its step, is due until it happens. A sampler that adds
-        noise again and goes back has one where it goes on.
+        noise again and goes back has one where it goes on; one that has looked a step ahead does not.
         """
-        return last is None or step < last or any(last < anchor <= step for anchor in self.anchors)
+        if last is None or step < last - 1:
+            return True
+        return any(last < anchor <= step or anchor == step < last for anchor in self.anchors)

@@ -171,9 +171,9 @@ class Run(Sampled):
 
 
 def _marks(latent: Tensor) -> Tensor:
-    """At most 256 values, evenly spread."""
+    """At most 256 values, evenly spread; a run that came to nothing is known by its zeros."""
     flat = latent.detach().flatten()
-    return flat[:: -(-len(flat) // 256)].float().cpu()
+    return flat[:: -(-len(flat) // 256)].float().cpu().nan_to_num()
 
 
 R = TypeVar("R", bound=Sampled)

@@ -22,13 +22,19 @@ def comfyui_dir() -> Path:
     return folder
 
 
-def use_comfyui() -> Path:
-    """Put ComfyUI on the path, on the CPU where torch finds no GPU; returns its folder."""
+def use_comfyui(base_directory: Path | None = None) -> Path:
+    """Put ComfyUI on the path, on the CPU where torch finds no GPU; returns its folder.
+
+    base_directory: for models, user, input, output and temporary files in place of the installation's own.
+    """
     folder = comfyui_dir()
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
     import comfy.cli_args
     import torch
+
+    if base_directory is not None:  # read when `folder_paths` is imported, which the next line does
+        comfy.cli_args.args.base_directory = str(base_directory)
     import utils.extra_config  # noqa: F401 (first, as main.py does: older `nodes` put comfy/, with a `utils.py`, in front)
 
     if not torch.cuda.is_available():

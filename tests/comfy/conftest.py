@@ -17,12 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 EXTRA_NODES = ("easycache", "torch_compile", "custom_sampler", "edit_model", "flux", "slg")
 
 pytest.register_assert_rewrite("oracle", "reuse_oracle", "sampling")
-COMFYUI = use_comfyui()
-
-import comfy.cli_args  # noqa: E402 (use_comfyui makes it importable)
-
 BASE = Path(tempfile.mkdtemp(prefix="topi-comfyui-"))  # models, user, input and output: never those of the installation
-comfy.cli_args.args.base_directory = str(BASE)
+COMFYUI = use_comfyui(BASE)
 
 
 def pytest_sessionfinish():
@@ -36,7 +32,8 @@ def comfyui() -> SimpleNamespace:
 
     import nodes
 
-    folder_paths.set_user_directory(str(BASE / "user"))
+    for folder in (folder_paths.models_dir, folder_paths.get_output_directory(), folder_paths.get_user_directory()):
+        assert Path(folder).is_relative_to(BASE), f"the tests delete files, and {folder} is the installation's"
     pack = BASE / "custom_nodes" / "in-context.pruning 1"
     pack.parent.mkdir(parents=True, exist_ok=True)
     pack.symlink_to(ROOT, target_is_directory=True)

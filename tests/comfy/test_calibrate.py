@@ -89,6 +89,20 @@ def test_guidance_counts_every_row_that_has_references(family):
     assert torch.equal(last_calibration(calibrating).pairs, alone.pairs)
 
 
+@pytest.mark.parametrize("node", ["SkipLayerGuidanceDiT", "SkipLayerGuidanceDiTSimple"])
+def test_calls_with_blocks_left_out_do_not_count(node):
+    """Skip layer guidance: what tells is the call of the positive prompt, which has all blocks."""
+    model = run_node(node, model=shared(FLUX1), double_layers="1", single_layers="0", start_percent=0.0)[0]
+    positive, negative = (conditioning(FLUX1, [latent(FLUX1, seed=seed)], seed=seed) for seed in (0, 1))
+
+    def run(model):
+        return sample(model, positive, negative, cfg=2.0, latent=empty(FLUX1), steps=3)
+
+    listening, calibrating = calibrate(model)
+    assert torch.equal(run(listening), run(model))
+    assert last_calibration(calibrating).steps.tolist() == [3]
+
+
 def test_a_sampler_that_calls_twice_a_step_counts_its_steps_once():
     model, calibrating = calibrate(shared(FLUX1))
     sample(model, conditioning(FLUX1, [latent(FLUX1)]), latent=empty(FLUX1), sampler="heun")

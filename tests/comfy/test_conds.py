@@ -60,13 +60,17 @@ SKIPPING = [  # blocks that are scored and blocks that are not
 
 @by_mode
 @pytest.mark.parametrize("node, window", SKIPPING)
-@pytest.mark.parametrize("layers", ["", "given"])
-def test_skip_layer_guidance(node, window, layers, inputs):
-    """It calls a prompt a second time with blocks left out, or leaves them out of the negative one for a while."""
+@pytest.mark.parametrize(("layers", "own"), [("", False), ("given", False), ("", True)])
+def test_skip_layer_guidance(node, window, layers, own, inputs):
+    """It calls a prompt a second time with blocks left out, or leaves them out of the negative one for a while.
+
+    That may look at references of its own, which no call with all blocks scores.
+    """
     known = layer_inputs(FLUX1) if layers else {"front_layers": FLUX1.front_layers}
     model = run_node(node, model=shared(FLUX1), double_layers="1", single_layers="0, 1", **window)[0]
     refs, start = [latent(FLUX1)], empty(FLUX1)
-    positive, negative = conditioning(FLUX1, refs), conditioning(FLUX1, refs, seed=1)
+    others = [latent(FLUX1, seed=7)] if own else refs
+    positive, negative = conditioning(FLUX1, refs), conditioning(FLUX1, others, seed=1)
 
     def edit(**changed):
         patched, trace = patch(model, **inputs | known | changed)

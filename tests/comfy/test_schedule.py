@@ -1,9 +1,11 @@
 """Which steps score and which prune: by the position of sigma in the schedule, whatever the sampler does."""
 
+import comfy.sample
+import comfy.samplers
 import pytest
 import torch
 from oracle import compare
-from sampling import conditioning, empty, kinds, last_run, latent, layer_inputs, patch, sample
+from sampling import conditioning, difference, empty, kinds, last_run, latent, layer_inputs, patch, sample
 from small_models import FLUX1, QWEN, by_family, shared
 
 
@@ -46,6 +48,36 @@ def test_samplers_that_call_the_model_several_times_a_step(sampler):
     trace = run({"update_interval": 2}, steps=6, sampler=sampler)
     assert [anchor.step for anchor in last_run(trace).anchors] == [0, 2, 4]
     assert [step.index for step in last_run(trace).steps] == list(range(6))
+
+
+@pytest.mark.parametrize("mode", ["prune", "reuse"])
+def test_a_sampler_that_looks_two_steps_ahead(mode):
+    """heunpp2 comes back to a step that it has looked into: a step is recorded once, and an anchor too."""
+    positive, start = conditioning(FLUX1, [latent(FLUX1)]), empty(FLUX1)
+
+    def run(**inputs):
+        patched, trace = patch(shared(FLUX1), **layer_inputs(FLUX1), mode=mode, spacing="steps", **inputs)
+        return sample(patched, positive, latent=start, steps=12, sampler="heunpp2"), trace
+
+    image, trace = run(update_interval=4, tau=0.7)
+    full = sample(shared(FLUX1), positive, latent=start, steps=12, sampler="heunpp2")
+    assert 0 < difference(image, full) < 0.5
+    assert [step.index for step in last_run(trace).steps] == list(range(12))
+    assert [anchor.step for anchor in last_run(trace).anchors] == [0, 4, 8]
+    exact = {"update_interval": 1, "tau": 1.0} if mode == "reuse" else {"update_interval": 4, "tau": 1.0}
+    assert torch.equal(run(**exact)[0], full)
+
+
+def test_a_schedule_that_starts_above_the_models_own():
+    """As ModelSamplingAuraFlow's does for some shifts, by a rounding: without a window its first step is an anchor."""
+    patched, trace = patch(shared(FLUX1), **layer_inputs(FLUX1))
+    positive, start = conditioning(FLUX1, [latent(FLUX1)]), empty(FLUX1)
+    sigmas = torch.tensor([1.5, 1.0000001, 0.6, 0.3, 0.0])
+    comfy.sample.sample_custom(
+        patched, start, 1.0, comfy.samplers.sampler_object("euler"), sigmas, positive, positive, start, seed=1,
+        disable_pbar=True,
+    )  # fmt: skip
+    assert kinds(trace) == ["anchor", "pruned", "pruned", "pruned"]
 
 
 @by_family

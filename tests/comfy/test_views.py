@@ -34,6 +34,29 @@ def sample(model, clip, vae, images, steps, batch):
         return nodes.KSampler().sample(model, 1, steps, 1.0, "euler", "simple", cond, cond, empty)[0]
 
 
+def test_references_of_two_sizes(demo):
+    """A negative prompt may look at another reference: the frames are of those that the image fits."""
+    model, clip, vae = demo
+    small, large = scene(1), scene(2, 128, 192)
+    prompts = []
+    for image in (small, large):
+        cond = nodes.CLIPTextEncode().encode(clip, "make it night")[0]
+        latent = nodes.VAEEncode().encode(vae, image)[0]
+        prompts += run_node("ReferenceLatent", conditioning=cond, latent=latent)
+    patched, trace = patch(model, update_interval=2)
+    empty = {"samples": torch.zeros(1, 16, 16, 16)}
+    with torch.inference_mode():
+        latent = nodes.KSampler().sample(patched, 1, 4, 2.0, "euler", "simple", *prompts, empty)[0]
+    assert len(trace.runs[-1].anchors) == 4
+    for image in (small, large):
+        overlay, mask = run_node("ToPiMaskPreview", trace=trace, latent=latent, image=image)
+        assert overlay.shape == (2, *image.shape[1:]) and 0 < mask.mean() < 1
+    overlay, _ = run_node("ToPiMaskPreview", trace=trace, latent=latent)
+    assert overlay.shape == (2, *small.shape[1:])
+    with pytest.raises(ValueError, match="another aspect ratio"):
+        run_node("ToPiMaskPreview", trace=trace, latent=latent, image=scene(1, 64, 192))
+
+
 def scene(seed, height=128, width=128):
     image, _ = run_node("ToPiDemoScene", seed=seed, instruction="make it night")
     return image.repeat(1, 2, 2, 1)[:, :height, :width]

@@ -46,6 +46,14 @@ def test_a_missed_anchor_happens_at_the_next_computed_step():
     assert anchors(by_sigma, [0, second - 1, second + 1, second + 2, third]) == [0, second + 1, third]
 
 
+def test_to_have_looked_ahead_is_no_way_back():
+    schedule = Schedule(LINEAR, 5)
+    ahead = [i + j for i in range(18) for j in range(3)]  # as heunpp2 calls the model: i, i + 1, i + 2
+    assert anchors(schedule, ahead) == [0, 5, 10, 15]
+    assert anchors(schedule, [*range(10), *range(3, 20)]) == [0, 5, 3, 5, 10, 15]
+    assert all(Schedule(LINEAR, 1).due(step, step + 1) for step in range(18))
+
+
 def test_spacing_by_a_straight_sigma_is_even_but_for_the_end():
     assert Schedule(LINEAR, 10, spacing="sigma").anchors == (0, 13)
     assert Schedule(LINEAR, 5, spacing="sigma").anchors == (0, 6, 11, 17)

@@ -111,6 +111,19 @@ def test_trace_finds_the_run_that_made_a_latent():
     assert trace.find(latents[0]).depth == 5
 
 
+def test_of_runs_that_came_to_nothing_the_newest_is_found():
+    """A run in too little precision ends in numbers that are none, and its picture is black."""
+    trace, black = Trace(), torch.full((1, 16, 24, 24), float("nan"))
+    trace.runs.extend(finished(latent, depth) for depth, latent in enumerate([torch.randn(1, 16, 24, 24), black], 1))
+    assert trace.find(black).depth == 2
+    trace.runs.append(finished(black, 3))
+    assert trace.find(black).depth == 3
+    with pytest.raises(ValueError, match="none of the 1 runs"):
+        other = Trace()
+        other.runs.append(trace.runs[0])
+        other.find(black)
+
+
 def test_trace_refuses_a_latent_that_it_did_not_make():
     trace = Trace()
     with pytest.raises(ValueError, match="this trace holds no run"):
