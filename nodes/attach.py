@@ -108,9 +108,9 @@ class Patch:
 
     def call(self, executor, *args, **kwargs):
         """DIFFUSION_MODEL or APPLY_MODEL: one call of the network."""
-        names = list(inspect.signature(executor.original).parameters)
+        names = inspect.signature(executor.original).parameters
         given = dict(zip(names, args, strict=False)) | kwargs
-        options, x = given["transformer_options"], given[names[0]]
+        options, x = given["transformer_options"], next(iter(given.values()))
         state = options.get(KEY)
         if not isinstance(state, State) or "sample_sigmas" not in options:
             self._warn_once("ToPi: this sampler does not go through ComfyUI's sampling, so the model runs without ToPi")
@@ -122,16 +122,15 @@ class Patch:
             return executor(*args, **kwargs)
 
         try:
-            return self._call(executor, args, kwargs, state)
+            return self._call(executor, args, kwargs, given, state)
         except mm.OOM_EXCEPTION:
             if not state.give_up():
                 raise
-        return self._call(executor, args, kwargs, state)  # when the error's frames hold nothing any more
+        return self._call(executor, args, kwargs, given, state)  # when the error's frames hold nothing any more
 
-    def _call(self, executor, args: Sequence, kwargs: dict[str, Any], state: State):
-        names = list(inspect.signature(executor.original).parameters)
-        given = dict(zip(names, args, strict=False)) | kwargs
-        options, x = given["transformer_options"], given[names[0]]
+    def _call(self, executor, args: Sequence, kwargs: dict[str, Any], given: dict[str, Any], state: State):
+        """given: all arguments by name, in their order."""
+        options, x = given["transformer_options"], next(iter(given.values()))
         family, hooked = self.family, self.family.arguments is not None
         network = executor.class_obj.diffusion_model if hooked else executor.class_obj
         text = given["c_crossattn" if hooked else "context"]
@@ -151,7 +150,7 @@ class Patch:
                 kwargs = kwargs | {"transformer_options": with_replacements(options, wanted)}
             else:  # other wrappers look for it by its place
                 args = list(args)
-                args[names.index("transformer_options")] = with_replacements(options, wanted)
+                args[list(given).index("transformer_options")] = with_replacements(options, wanted)
             result = executor(*args, **kwargs)
         state.end(call)
         return result

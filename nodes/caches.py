@@ -51,12 +51,11 @@ class Caches:
     def fresh(self, conds: Sequence[Cond], step: int, sigma: float, size: float, room: Room) -> list[ContextCache]:
         """Empty caches of `size` bytes each for the conds of an anchor call; none where there is no room."""
         held = self._held(conds, step, size, room)
-        for cond in conds:  # the others go before the new ones take their room
-            if cond not in held and cond in self.of_cond:
-                self.of_cond.pop(cond).clear()
-        if self.offloaded:
-            release_pinned()
-        where: Where | None = "device" if held else self._where(conds, len(conds) * size, room)
+        old = [self.of_cond.pop(cond) for cond in conds if cond in self.of_cond and cond not in held]
+        back = sum(cache.nbytes for cache in old if cache.offload)
+        for cache in old:  # before the new ones take their room
+            cache.clear()
+        where: Where | None = "device" if held else self._where(conds, len(conds) * size, room, back)
         if where is None:
             return []
         self.filling = [ContextCache(step, sigma, where == "host", self.key_heads) for _ in conds]
@@ -126,10 +125,10 @@ class Caches:
             return {}
         return held
 
-    def _where(self, conds: Sequence[Cond], size: float, room: Room) -> Where | None:
+    def _where(self, conds: Sequence[Cond], size: float, room: Room, back: float) -> Where | None:
         if self.given_up or self.crowded.issuperset(conds):
             return None
-        where = room.where(size)
+        where = room.where(size, back)
         if where is None:
             if not self.crowded:
                 log.warning("ToPi: no room for %.1f GB of keys and values, so what needs them runs in full", size / 1e9)

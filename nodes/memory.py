@@ -46,11 +46,12 @@ class Room:
     reserve: float
     """Bytes that must stay free."""
 
-    def where(self, size: float) -> Where | None:
+    def where(self, size: float, back: float = 0) -> Where | None:
         """Where `size` bytes more fit beside what sampling needs: on the device, else on the host, else nowhere (None).
 
         Models that are not in use are unloaded for it, as for a model that is about to be loaded. Of the one that
         samples, what ComfyUI can stream anew counts as free, as when it decides how many prompts to run in one call.
+        `back` are bytes on the host that were given back just now: torch still has them, and uses them again.
         """
         if self._free() < size + self.reserve:
             in_use = [loaded for loaded in mm.current_loaded_models if loaded.currently_used]
@@ -58,7 +59,7 @@ class Room:
         if self._free() >= size + self.reserve:
             return "device"
         host = torch.device("cpu")
-        most = 2 * size  # torch rounds each block of page-locked memory up to a power of two
+        most = 2 * max(0, size - back)  # torch rounds each block of page-locked memory up to a power of two
         fits = self.device != host and mm.get_free_memory(host) >= most + mm.minimum_inference_memory()
         return "host" if fits else None
 

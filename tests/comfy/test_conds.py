@@ -152,7 +152,7 @@ def test_room_for_one_prompt_and_not_for_the_other(monkeypatch):
     positive, negative = conditioning(FLUX1, [latent(FLUX1)]), conditioning(FLUX1, [latent(FLUX1, 12, 20)])
     answers = ["device", None]  # as they ask
 
-    def where(room, size):
+    def where(room, size, back=0):
         return answers.pop(0) if answers else "device"
 
     patched, trace = patch(shared(FLUX1), **layer_inputs(FLUX1), **REUSE | {"spacing": "steps", "forecast": False})

@@ -114,7 +114,7 @@ def test_without_room_for_a_forecast_there_is_none_and_the_log_says_so(monkeypat
     patched, trace = patch(shared(FLUX1), **layer_inputs(FLUX1), **REUSE)
     size, asked = 2 * FLUX1.depth * 64 * HIDDEN * 4, []
 
-    def where(room, more):
+    def where(room, more, back=0):
         asked.append(more)
         return "device" if len(asked) != 2 else "host"
 
@@ -132,9 +132,13 @@ def test_in_host_memory_it_is_the_same_and_nothing_is_forecast(monkeypatch, capl
     patched, _ = patch(shared(FLUX1), **layer_inputs(FLUX1), **REUSE, forecast=False)
     expected = sample(patched, positive, latent=start)
     patched, trace = patch(shared(FLUX1), **layer_inputs(FLUX1), **REUSE)
-    monkeypatch.setattr(pack_module("nodes.memory").Room, "where", lambda room, size: "host")
+    given_back = []
+    monkeypatch.setattr(
+        pack_module("nodes.memory").Room, "where", lambda room, size, back=0: given_back.append(back) or "host"
+    )
     caplog.clear()
     assert torch.equal(sample(patched, positive, latent=start), expected)
+    assert len(given_back) == 2 and given_back[0] == 0 < given_back[1]  # the first anchor's make room for the second's
     assert sum("no room on the GPU" in record.getMessage() for record in caplog.records) == 1
     assert "in host memory" in run_node("ToPiReport", trace=trace, latent={"samples": expected})[0]
 
@@ -150,7 +154,11 @@ def test_room_is_on_the_device_then_on_the_host_then_nowhere(monkeypatch):
         return (free[dev.type], 0) if torch_free_too else free[dev.type]
 
     monkeypatch.setattr(comfy.model_management, "get_free_memory", free_memory)
-    assert room(shared(FLUX1), torch.device("meta"), reserve=2**20).where(2**20) == "host"
+    there = room(shared(FLUX1), torch.device("meta"), reserve=2**20)
+    assert there.where(2**20) == "host"
+    free["cpu"] = comfy.model_management.minimum_inference_memory() + 2**21
+    assert there.where(2**20) == "host" and there.where(2**21) is None
+    assert there.where(2**21, back=2**20) == "host"
 
 
 def test_the_reserve_is_what_comfyui_says_a_call_takes(monkeypatch):
@@ -177,7 +185,7 @@ def test_the_old_keys_are_gone_before_room_is_asked_for_new_ones(monkeypatch, by
     """With room on the device for one cache of each prompt, and a host without any, every anchor finds room."""
     asked = []
 
-    def where(room, size):
+    def where(room, size, back=0):
         asked.append(size)
         return "device" if bytes_held() + size <= 1.25 * asked[0] else None
 
@@ -238,14 +246,14 @@ def test_out_of_memory_the_run_goes_on_in_full_and_says_so(monkeypatch, caplog, 
 
 def test_page_locked_memory_is_given_back_wherever_the_last_keys_lay(monkeypatch):
     places, given = iter(["device", "host", "device"]), []
-    monkeypatch.setattr(pack_module("nodes.memory").Room, "where", lambda room, size: next(places))
+    monkeypatch.setattr(pack_module("nodes.memory").Room, "where", lambda room, size, back=0: next(places))
     monkeypatch.setattr(pack_module("nodes.caches"), "release_pinned", lambda: given.append(None))
     patched, trace = patch(
         shared(FLUX1), **layer_inputs(FLUX1), mode="reuse", tau=1.0, update_interval=2, forecast=False
     )
     sample(patched, conditioning(FLUX1, [latent(FLUX1)]), latent=empty(FLUX1), steps=6)
     assert len(last_run(trace).anchors) == 3 and next(places, None) is None
-    assert len(given) == 2  # before the third anchor asks the host for room, and at the end
+    assert len(given) == 1  # at the end
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
@@ -253,7 +261,7 @@ def test_what_is_asked_for_is_what_is_kept(monkeypatch, family):
     """In every family, whatever its heads share; forecast it is twice as much, and no more is asked for after that."""
     asked, room = [], pack_module("nodes.memory").Room
     where = room.where
-    monkeypatch.setattr(room, "where", lambda self, size: asked.append(size) or where(self, size))
+    monkeypatch.setattr(room, "where", lambda self, size, back=0: asked.append(size) or where(self, size, back))
     patched, trace = patch(shared(family), **layer_inputs(family), mode="reuse", tau=1.0, update_interval=2)
     sample(patched, conditioning(family, [latent(family)]), latent=empty(family), steps=6)
     run = last_run(trace)
