@@ -26,14 +26,15 @@ class Memory:
         """Bytes of the keys and values of so many tokens."""
         return 2 * tokens * self.keys * self.model.model.get_dtype_inference().itemsize
 
-    def room(self, latent: Tensor, references: Sequence[Tensor]) -> Room:
+    def room(self, latent: Tensor, references: Sequence[Tensor], prompts: int) -> Room:
         """The room beside a call with these latents [B, ...], whose own need is ComfyUI's estimate.
 
-        Half as much again stays free, as ComfyUI asks for before it runs so many prompts in one call.
+        Of several prompts half as much again stays free, as ComfyUI asks for before it runs them in one call.
         """
         shapes = {"ref_latents": [list(reference.shape) for reference in references]}
         step = self.model.model.memory_required(list(latent.shape), cond_shapes=shapes)
-        reserve = max(mm.minimum_inference_memory(), step + mm.extra_reserved_memory(), 1.5 * step)
+        together = 1.5 * step if prompts > 1 else 0
+        reserve = max(mm.minimum_inference_memory(), step + mm.extra_reserved_memory(), together)
         return Room(self.model, latent.device, reserve)
 
 

@@ -272,7 +272,8 @@ class RunState(State):
         if call.kind == "reused":
             call.kept = torch.empty(1, 0, dtype=torch.long, device=latent.device)
         elif call.kind == "anchor":
-            size, room = self.memory.size(call.layout.context_tokens), self.memory.room(latent, references)
+            size = self.memory.size(call.layout.context_tokens)
+            room = self.memory.room(latent, references, len(call.conds))
             call.caches = self.caches.fresh(call.conds, call.step, call.sigma, self.images * size, room)
             self.record.offloaded = self.caches.offloaded
             if not call.caches:

@@ -162,21 +162,22 @@ def test_room_is_on_the_device_then_on_the_host_then_nowhere(monkeypatch):
 
 
 def test_the_reserve_is_what_comfyui_says_a_call_takes(monkeypatch):
-    """Of a latent and its references, and half as much again, or ComfyUI would run fewer prompts in one call.
+    """Of a latent and its references, and what the user reserves; never less than ComfyUI's minimum.
 
-    Never less than ComfyUI's minimum, nor than a call and what the user reserves.
+    Of two prompts half as much again, or ComfyUI would run each in a call of its own.
     """
     model = shared(FLUX1)
     memory, picture = pack_module("nodes.memory").Memory(model, keys=HIDDEN), empty(FLUX1)
     least = comfy.model_management.minimum_inference_memory()
-    assert memory.room(picture, []).reserve == least
+    assert memory.room(picture, [], 1).reserve == memory.room(picture, [], 2).reserve == least
     large = torch.zeros(1).expand(2, 16, 128, 128)
-    alone, beside = (memory.room(large, [large] * count).reserve for count in (0, 2))
-    step = model.model.memory_required([2, 16, 128, 128])
-    assert alone == 1.5 * step > least
-    assert beside == pytest.approx(3 * alone)
+    alone, beside = (memory.room(large, [large] * count, 1).reserve for count in (0, 2))
+    extra, step = comfy.model_management.extra_reserved_memory(), model.model.memory_required([2, 16, 128, 128])
+    assert alone == step + extra > least
+    assert beside - extra == pytest.approx(3 * step)
+    assert memory.room(large, [], 2).reserve == 1.5 * step
     monkeypatch.setattr(comfy.model_management, "EXTRA_RESERVED_VRAM", 2**50)
-    assert memory.room(large, []).reserve == step + 2**50
+    assert memory.room(large, [], 2).reserve == step + 2**50
 
 
 @pytest.mark.parametrize("negative", [False, True])
