@@ -75,10 +75,10 @@ def measure(scenarios: tuple[Scenario, ...], count: int, done: set[tuple]):
                 "group": GRAMMAR[kind][0],
                 "edits": number,
                 "references": len(batch.references),
-                "psnr": _values(psnr(image, full).clamp(max=100), 3),
-                "ssim": _values(ssim(image, full), 5),
-                "psnr_to_expected": _values(psnr(image, coded), 3),
-                "psnr_of_full_to_expected": _values(psnr(full, coded), 3),
+                "psnr": _values(psnr(image, full).clamp(max=100), 2),
+                "ssim": _values(ssim(image, full), 4),
+                "psnr_to_expected": _values(psnr(image, coded), 2),
+                "psnr_of_full_to_expected": _values(psnr(full, coded), 2),
                 "kept": fmean(anchor.share for anchor in run.anchors),
                 "anchors": [anchor.step for anchor in run.anchors],
                 "predicted": cost.speedup(run) * s.steps / computed,
@@ -151,7 +151,7 @@ def main() -> None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         with torch.inference_mode(), args.out.open("a", encoding="utf-8") as file:
             for row in measure(chosen, args.n, done):
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(row, separators=(",", ":")) + "\n")
                 file.flush()
                 print(f"{row['kind']:10}  {row['scenario']:45}  {fmean(row['psnr']):5.1f} dB to the full run, "
                       f"{row['kept']:4.0%} kept, {row['predicted']:.2f}x predicted", flush=True)  # fmt: skip

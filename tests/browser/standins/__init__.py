@@ -36,17 +36,25 @@ FLOAT32 = {"dtype": torch.float32}
 OPERATIONS = comfy.ops.disable_weight_init
 
 
+def modest(model):
+    """ComfyUI takes what a call needs from the picture's cells, and thinks of the true patch and width: 16 GB here."""
+    model.model.memory_usage_factor /= 64
+    return model
+
+
 def flux1():
     settings = NETWORKS["flux1"][1] | NARROW | dict(depth=2, depth_single_blocks=3)
     settings |= dict(patch_size=16, context_in_dim=WORDS, vec_in_dim=POOLED)
     module = Flux(dtype=torch.float32, operations=OPERATIONS, **settings)
-    return patcher(comfy.supported_models.Flux({"image_model": "flux", **settings}), random_weights(module, 1))
+    return modest(patcher(comfy.supported_models.Flux({"image_model": "flux", **settings}), random_weights(module, 1)))
 
 
 def flux2():
     settings = NETWORKS["flux2"][1] | NARROW | dict(patch_size=8, context_in_dim=3 * WORDS)
     module = Flux(dtype=torch.float32, operations=OPERATIONS, **settings)
-    return patcher(comfy.supported_models.Flux2({"image_model": "flux2", **settings}), random_weights(module, 2))
+    return modest(
+        patcher(comfy.supported_models.Flux2({"image_model": "flux2", **settings}), random_weights(module, 2))
+    )
 
 
 class CoarseCells(comfy.latent_formats.Wan21):
