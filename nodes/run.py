@@ -108,7 +108,7 @@ class Call:
         return [layer for layer in self.layers if layer not in self.heard]
 
     def leave_out(self, everything: bool) -> None:
-        """Lets layers that guidance left out score nothing, where others were heard, or with `everything` none is."""
+        """Scores nothing for layers that guidance left out, if others were heard; with `everything` also if none was."""
         if self.heard or everything:
             rows, c = sum(len(group.references[0]) for group in self.chunks), self.layout.context_tokens
             device = self.chunks[0].references[0].device
@@ -343,10 +343,8 @@ class RunState(State):
         chosen = group.selection
         bits, ranks = Bits.of(chosen.mask()), chosen.ranks()
         anchor = Anchor(step, sigma, group.layout, group.pictures, bits, seconds, ranks)
-        again = [a for a in self.record.anchors if a.step == step and a.references is group.pictures]
-        for a in again:  # a sampler that looks ahead scores a step more than once
-            self.record.anchors.remove(a)
-        self.record.anchors.append(anchor)
+        others = [a for a in self.record.anchors if a.step != step or a.references is not group.pictures]
+        self.record.anchors = [*others, anchor]  # a sampler that looks ahead scores a step more than once
         self.kept.clear()
         if self.on_anchor is not None:
             self.on_anchor(self.record, anchor)
@@ -415,12 +413,11 @@ class RunState(State):
 
     def _reopen(self, index: int) -> OpenStep | None:
         """A step that the sampler comes back to after it has looked ahead, as heunpp2 does."""
-        for step in self.record.steps[-2:]:
-            if step.index == index:
-                self.record.steps.remove(step)
-                values = {**vars(step), "started": time.perf_counter() - step.seconds}
-                del values["seconds"]
-                return OpenStep(**values)
+        for s in self.record.steps[-2:]:
+            if s.index == index:
+                self.record.steps.remove(s)
+                started = time.perf_counter() - s.seconds
+                return OpenStep(s.index, s.sigma, started, s.kind, s.tokens, s.keys, s.taken, s.full)
         return None
 
     def finish(self, latent: Tensor) -> None:

@@ -27,6 +27,12 @@ def tile(start, count, width, stride, N: tl.constexpr, D: tl.constexpr):
     return token[:, None] * stride + number[None, :], (token < count)[:, None] & (number < width)[None, :]
 
 
+@triton.jit
+def head(x, plane, heads, batch_stride, head_stride):
+    """Where one head of one batch row begins; planes count the heads of all rows."""
+    return x + plane // heads * batch_stride + plane % heads * head_stride
+
+
 @triton.jit(do_not_specialize=["heads", "rows", "tokens"])  # compiled once for all sizes of images
 def log_sum_exp(
     q, k, out, scale, heads, rows, tokens, width, q_batch, q_head, q_token, k_batch, k_head, k_token,
@@ -36,8 +42,8 @@ def log_sum_exp(
     plane = tl.program_id(1).to(tl.int64)
     start = tl.program_id(0) * ROWS
     at, there = tile(start, rows, width, q_token, ROWS, D)
-    queries = tl.load(q + plane // heads * q_batch + plane % heads * q_head + at, mask=there, other=0.0)
-    keys_of_head = k + plane // heads * k_batch + plane % heads * k_head
+    queries = tl.load(head(q, plane, heads, q_batch, q_head) + at, mask=there, other=0.0)
+    keys_of_head = head(k, plane, heads, k_batch, k_head)
     most = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     for first in range(0, tokens, COLUMNS):
@@ -61,8 +67,8 @@ def column_sums(
     plane = tl.program_id(1).to(tl.int64)
     start = tl.program_id(0) * COLUMNS
     at, there = tile(start, columns, width, k_token, COLUMNS, D)
-    keys = tl.load(k + plane // heads * k_batch + plane % heads * k_head + at, mask=there, other=0.0)
-    queries_of_head = q + plane // heads * q_batch + plane % heads * q_head
+    keys = tl.load(head(k, plane, heads, k_batch, k_head) + at, mask=there, other=0.0)
+    queries_of_head = head(q, plane, heads, q_batch, q_head)
     received = tl.zeros([COLUMNS], tl.float32)
     for first in range(0, rows, ROWS):
         at, there = tile(first, rows, width, q_token, ROWS, D)

@@ -55,10 +55,13 @@ def test_a_sampler_that_looks_two_steps_ahead(mode):
     """heunpp2 comes back to a step that it has looked into: a step is recorded once, and an anchor too."""
     positive, start = conditioning(FLUX1, [latent(FLUX1)]), empty(FLUX1)
 
-    def run(**inputs):
+    def run(negative=None, cfg=1.0, **inputs):
         patched, trace = patch(shared(FLUX1), **layer_inputs(FLUX1), mode=mode, spacing="steps", **inputs)
-        return sample(patched, positive, latent=start, steps=12, sampler="heunpp2"), trace
+        return sample(patched, positive, negative, latent=start, cfg=cfg, steps=12, sampler="heunpp2"), trace
 
+    negative = conditioning(FLUX1, [latent(FLUX1, seed=5)], seed=5)  # of the same size: two anchors a step
+    _, trace = run(update_interval=4, tau=0.7, negative=negative, cfg=2.0)
+    assert [anchor.step for anchor in last_run(trace).anchors] == [0, 0, 4, 4, 8, 8]
     image, trace = run(update_interval=4, tau=0.7)
     full = sample(shared(FLUX1), positive, latent=start, steps=12, sampler="heunpp2")
     assert 0 < difference(image, full) < 0.5
