@@ -108,7 +108,7 @@ class Call:
         return [layer for layer in self.layers if layer not in self.heard]
 
     def leave_out(self, everything: bool) -> None:
-        """Scores nothing for layers that guidance left out, if others were heard; with `everything` also if none was."""
+        """Scores nothing for layers that guidance left out, where others were heard; with `everything` always."""
         if self.heard or everything:
             rows, c = sum(len(group.references[0]) for group in self.chunks), self.layout.context_tokens
             device = self.chunks[0].references[0].device
