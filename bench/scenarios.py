@@ -109,5 +109,6 @@ SCENARIOS: tuple[Scenario, ...] = (
     *_table(
         "reuse: 8 steps", REUSE, {_anchors(i * 20 // 8): {"update_interval": i} for i in (8, 4, 3)}, steps=8,
     ),
+    *_table("reuse: 4 steps", REUSE, {_anchors(i * 20 // 4): {"update_interval": i} for i in (4, 2)}, steps=4),
 )  # fmt: skip
 SHORT = tuple(s for s in CORE if s.name in ("tau 0.85", "influence", "random", "4 anchors"))

@@ -2,8 +2,8 @@
 
 Weights mean nothing here, so the kept share is fixed. One workload is measured five ways, in turn and over again: the
 full run; ToPi in both modes; the native run without references, which is the bound of both; and the native run with as
-many reference tokens as were kept, which is the bound of pruning. Every call of the network is timed by itself, from
-the wrapper around it, with the GPU waited for. Figures are ratios; the cost model's (appendix F) stand beside them.
+many reference tokens as were kept, which is the bound of pruning. Every call of the network is timed by itself, with
+what ToPi does around it, and the GPU waited for. Figures are ratios; the cost model's (appendix F) stand beside them.
 
 On a CPU the same command runs a few blocks of the true width in float32, and its rows say so.
 """
@@ -116,7 +116,7 @@ def network(a: Architecture, blocks: tuple[int, int]):
 
 
 class CallTimes:
-    """A DIFFUSION_MODEL wrapper that times every call of the network, after what ToPi does in it."""
+    """An APPLY_MODEL wrapper: it times every call of the network, outside of the wrapper in which ToPi works."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -179,7 +179,7 @@ def measure(w: Workload, model, blocks: tuple[int, int], patch: Callable, repeat
     for _, (name, (patched, references)) in product(range(repeats), ways.items()):
         times = CallTimes(device)
         timed = patched.clone()
-        timed.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "bench", times)
+        timed.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "bench", times)
         noise = latent(cells, cells)
         conds = [conditioning(references) for _ in range(2)]
         if device.type == "cuda":
@@ -191,8 +191,8 @@ def measure(w: Workload, model, blocks: tuple[int, int], patch: Callable, repeat
         if device.type == "cuda":
             peak[name] = max(peak[name], torch.cuda.max_memory_allocated(device))
         steps = [sum(part) for part in _split(times.seconds, 4)]
-        if name in ("prune", "reuse"):  # anchors at 0 and 2; what is reused in the last step is forecast from them
-            calls[name]["anchor"] += steps[::2]
+        if name in ("prune", "reuse"):  # anchors at 0 and 2; the first pays for loading, the last step has a forecast
+            calls[name]["anchor"].append(steps[2])
             calls[name]["later"].append(steps[3])
         else:
             calls[name]["later"] += steps[1:]

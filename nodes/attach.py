@@ -26,7 +26,7 @@ from ..topi_core.trace import Anchor, Run, Trace
 from .caches import Caches
 from .changes import changes, hook, with_replacements
 from .compiled import apart, take_over
-from .families.family import Family
+from .families.family import Family, class_of
 from .memory import Memory
 from .picture import picture
 from .run import RunState, State
@@ -63,7 +63,7 @@ class Patch:
         guider = executor.class_obj
         arguments = inspect.signature(executor.original).bind(*args, **kwargs).arguments
         _refuse_other_cache(guider.model_options)
-        if "multigpu_clones" in guider.model_options:
+        if guider.model_patcher.get_additional_models_with_key("multigpu"):
             raise RuntimeError(
                 "ToPi cannot prune a model that is sampled on several GPUs at once; remove one of the two"
             )
@@ -120,19 +120,24 @@ class Patch:
                 "ToPi: another patch splits the batch that ComfyUI made of the prompts, so the model runs without ToPi"
             )
             return executor(*args, **kwargs)
+        family = self.family
+        network = executor.class_obj if family.arguments is None else executor.class_obj.diffusion_model
+        if not family.matches(network) or len(family.blocks(network)) != self.settings.depth:
+            self._warn_once(f"ToPi: this run has a second model, of another kind ({class_of(network)}): without ToPi")
+            return executor(*args, **kwargs)
 
         try:
-            return self._call(executor, args, kwargs, given, state)
-        except mm.OOM_EXCEPTION:
-            if not state.give_up():
+            return self._call(executor, network, args, kwargs, given, state)
+        except Exception as error:
+            if not _out_of_memory(error) or not state.give_up():
                 raise
-        return self._call(executor, args, kwargs, given, state)  # when the error's frames hold nothing any more
+        # Here the error's frames hold nothing any more.
+        return self._call(executor, network, args, kwargs, given, state)
 
-    def _call(self, executor, args: Sequence, kwargs: dict[str, Any], given: dict[str, Any], state: State):
+    def _call(self, executor, network, args: Sequence, kwargs: dict[str, Any], given: dict[str, Any], state: State):
         """given: all arguments by name, in their order."""
         options, x = given["transformer_options"], next(iter(given.values()))
         family, hooked = self.family, self.family.arguments is not None
-        network = executor.class_obj.diffusion_model if hooked else executor.class_obj
         text = given["c_crossattn" if hooked else "context"]
         references = family.references(network, given)
         grids = tuple(family.grid(network, reference) for reference in references)
@@ -159,6 +164,12 @@ class Patch:
         if sentence not in self.warned:
             self.warned.add(sentence)
             log.warning(sentence)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """By ComfyUI's own judgement, which before 0.30 was the class of the error alone."""
+    is_oom = getattr(mm, "is_oom", None)
+    return is_oom(error) if is_oom else isinstance(error, mm.OOM_EXCEPTION)
 
 
 def _refuse_other_cache(model_options: dict[str, Any]) -> None:

@@ -17,18 +17,22 @@ class Cond(NamedTuple):
     """What holds its own keys and values: a prompt, in a list of prompts, with blocks that others replace.
 
     ComfyUI gives a prompt's area to the other list by a copy with the same uuid. Skip layer guidance calls a prompt a
-    second time with some blocks left out.
+    second time with some blocks left out, context windows once for each part of the picture.
     """
 
     uuid: UUID
     index: int
     replaced: frozenset[tuple]
+    window: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, options: dict) -> tuple[Cond, ...]:
         """Those of one call, by its transformer_options."""
         replaced = frozenset(options.get("patches_replace", {}).get("dit", {}))
-        return tuple(cls(*pair, replaced) for pair in zip(options["uuids"], options["cond_or_uncond"], strict=True))
+        window = tuple(getattr(options.get("context_window"), "index_list", ()))
+        return tuple(
+            cls(*pair, replaced, window) for pair in zip(options["uuids"], options["cond_or_uncond"], strict=True)
+        )
 
 
 class Caches:

@@ -19,7 +19,7 @@ class ToPiDemoModel(io.ComfyNode):
             inputs=[],
             outputs=[
                 io.Model.Output(tooltip="The editing model; ToPi Patch comes next."),
-                io.Clip.Output(tooltip="Knows the words of the demo's instructions, and names any other."),
+                io.Clip.Output(tooltip="Knows the words of the demo's instructions, and refuses any other by name."),
                 io.Vae.Output(tooltip="8 x 8 pixels to 16 channels, a fixed linear codec."),
             ],
         )

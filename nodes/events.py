@@ -62,11 +62,12 @@ def message(node_id: str, run: Run, anchor: Anchor) -> dict:
 
 
 def _overlay(run: Run, anchor: Anchor, reference: int) -> Tensor:
-    """[h, w, 3] in 0..1, a pixel a latent cell."""
+    """[h, w, 3] in 0..1, as large as the reference's small picture."""
     seen = anchor.references[reference]
     picture = torch.full((1, *seen.size, 3), 0.5) if seen.picture is None else seen.picture[:1].float() / 255
-    place = Geometry(cells=seen.size, patch=run.patch, cell_pixels=1)
-    return draw(picture, place.spread(weight_of(anchor, reference)[0], seen.size)[None], 0.8)[0]
+    size = picture.shape[1], picture.shape[2]
+    place = Geometry(cells=seen.size, patch=run.patch, cell_pixels=size[0] // seen.size[0])
+    return draw(picture, place.spread(weight_of(anchor, reference)[0], size)[None], 0.8)[0]
 
 
 def _png(picture: Tensor) -> str:

@@ -112,13 +112,14 @@ def frames(anchor: Anchor, reference: int) -> list[dict]:
 def picture(run: Run, anchor: Anchor, reference: int, image: Tensor | None) -> Tensor:
     """What to draw over, for each image of the batch: [images, H, W, 3].
 
-    Without an image, the reference as the run saw it, a pixel a latent cell, enlarged to the size of its image.
+    Without an image, the reference as the run saw it, its small picture enlarged to the size of its image.
     """
     images, seen = anchor.kept.shape[0], anchor.references[reference]
     if image is None:
         if seen.picture is None:
             return torch.full((images, *(side * run.cell_pixels for side in seen.size), 3), 0.5)
-        return seen.picture.float().div(255).repeat_interleave(run.cell_pixels, 1).repeat_interleave(run.cell_pixels, 2)
+        scale = run.cell_pixels * seen.size[0] // seen.picture.shape[1]
+        return seen.picture.float().div(255).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     height, width = image.shape[1:3]
     if not geometry(run, anchor, reference).fits((height, width)):
         h, w = (side * run.cell_pixels for side in seen.size)

@@ -90,13 +90,14 @@ class ToPiPatch(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "metric", options=list(get_args(Metric)), default="influence", advanced=True,
-                    tooltip="What a token is scored by: the paper's influence, or what its ablations compare it with.",
+                    tooltip="What a token is scored by. influence: the paper's score; attention, similarity: what its "
+                    "ablations compare it with; random: a baseline of ours. It matters where tokens are dropped.",
                 ),
                 io.Combo.Input(
                     "spacing", options=list(SPACINGS), default="auto", advanced=True,
-                    tooltip="steps: anchors every update_interval steps. sigma: as many, so that the noise level "
-                    "falls by the same amount from one to the next, and by half of it after the last. auto: steps for "
-                    "prune, sigma for reuse.",
+                    tooltip="steps: an anchor every update_interval steps. sigma: as many, placed so that the noise "
+                    "level falls by the same amount from each to the next, and by half of it after the last. auto: "
+                    "steps for prune, sigma for reuse.",
                 ),
                 io.Boolean.Input(
                     "forecast", default=True, advanced=True,
@@ -106,7 +107,10 @@ class ToPiPatch(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output(tooltip="The model with ToPi; connect it to the sampler."),
-                TraceType.Output(display_name="trace", tooltip="What the runs kept; connect it to ToPi Mask Preview."),
+                TraceType.Output(
+                    display_name="trace",
+                    tooltip="What the runs kept; connect it to ToPi Mask Preview or ToPi Report.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )  # fmt: skip

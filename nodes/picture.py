@@ -9,8 +9,9 @@ from torch import Tensor
 
 
 def picture(latent: Tensor, latent_format) -> Tensor | None:
-    """latent [images, channels, (frames,) h, w] as the network sees it -> uint8 [images, h', w', 3], on the CPU.
+    """latent [images, channels, (frames,) h, w] as the network sees it -> uint8 [images, n x h, n x w, 3], on the CPU.
 
+    n is 2 where a cell stands for 2 x 2 pixels of the factors, as in FLUX.2, else 1.
     latent_format: a `comfy.latent_formats.LatentFormat`; None where it has no factors, or none for so many channels.
     """
     if latent_format.latent_rgb_factors is None or latent.shape[1] != latent_format.latent_channels:

@@ -137,28 +137,16 @@ class Call:
         return self.tokens + self.caches[0].kept.shape[1] if self.kind == "reused" else None
 
 
-@dataclass
-class OpenStep:
-    """The step that is going on: it lasts from its first call to the first call of another one."""
-
-    index: int
-    sigma: float
-    started: float
-    kind: Kind = "skipped"
-    tokens: int = 0
-    keys: int | None = None
-    taken: int = 0
-    full: int = 0
-
-    def note(self, call: Call, run: Run) -> None:
-        kind = call.kind if call.computed else "skipped"
-        if call.computed:
-            taken, full = call_flops(run, kind, call.layout.tokens, call.tokens, call.keys)
-            self.taken += len(call.conds) * taken
-            self.full += len(call.conds) * full
-        self.kind = max(self.kind, kind, key=get_args(Kind).index)
-        self.tokens = max(self.tokens, call.tokens)
-        self.keys = max(filter(None, (self.keys, call.keys)), default=None)
+def note(step: Step, call: Call, run: Run) -> None:
+    """Adds one call to the record of its step."""
+    kind = call.kind if call.computed else "skipped"
+    if call.computed:
+        taken, full = call_flops(run, kind, call.layout.tokens, call.tokens, call.keys)
+        step.taken += len(call.conds) * taken
+        step.full += len(call.conds) * full
+    step.kind = max(step.kind, kind, key=get_args(Kind).index)
+    step.tokens = max(step.tokens, call.tokens)
+    step.keys = max(filter(None, (step.keys, call.keys)), default=None)
 
 
 class State(ABC):
@@ -228,7 +216,8 @@ class RunState(State):
         self.group_of_cond: dict[Cond, Group] = {}
         self.kept: dict[tuple[int, ...], Tensor] = {}  # by the groups of a call's chunks, until the next anchor
         self.caches = caches  # of the mode "reuse"
-        self.open: OpenStep | None = None
+        self.open: Step | None = None  # from its first call to the first call of another one
+        self.started = 0.0
 
     def begin(self, options: dict, references: list[Tensor], layout: Layout, latent: Tensor) -> Call:
         sigma = float(options["sigmas"][0])
@@ -239,7 +228,7 @@ class RunState(State):
         step = self.schedule.step(sigma)
         if self.open is None or self.open.index != step:
             self._close_step()
-            self.open = self._reopen(step) or OpenStep(step, sigma, time.perf_counter())
+            self._open_step(step, sigma)
         self.record.context_tokens = max(self.record.context_tokens, layout.context_tokens)
         conds = Cond.of(options)
         if not references:
@@ -385,7 +374,7 @@ class RunState(State):
                 call.scores[layer] = score.repeat(len(call.chunks), 1).to(hidden.device, torch.float32)
 
     def end(self, call: Call) -> None:
-        self.open.note(call, self.record)
+        note(self.open, call, self.record)
         if call.kind != "anchor" or not call.computed:
             return
         if call.caches:
@@ -404,21 +393,17 @@ class RunState(State):
             group.add(call, slice(i * self.images, (i + 1) * self.images), watches)
             watches = []
 
+    def _open_step(self, index: int, sigma: float) -> None:
+        """A new step, or one that the sampler comes back to after it has looked ahead, as heunpp2 does."""
+        steps = self.record.steps
+        self.open = next((step for step in steps[-2:] if step.index == index), None) or Step(index, sigma)
+        self.record.steps = [*(step for step in steps if step is not self.open), self.open]
+        self.started = time.perf_counter() - self.open.seconds
+
     def _close_step(self) -> None:
         if self.open is not None:
-            seconds = time.perf_counter() - self.open.started
-            o = self.open
-            self.record.steps.append(Step(o.index, o.sigma, o.kind, o.tokens, seconds, o.keys, o.taken, o.full))
+            self.open.seconds = time.perf_counter() - self.started
             self.open = None
-
-    def _reopen(self, index: int) -> OpenStep | None:
-        """A step that the sampler comes back to after it has looked ahead, as heunpp2 does."""
-        for s in self.record.steps[-2:]:
-            if s.index == index:
-                self.record.steps.remove(s)
-                started = time.perf_counter() - s.seconds
-                return OpenStep(s.index, s.sigma, started, s.kind, s.tokens, s.keys, s.taken, s.full)
-        return None
 
     def finish(self, latent: Tensor) -> None:
         self.record.finish(latent)  # waits for the device, which the last step's time is to hold

@@ -34,7 +34,7 @@ class ToPiSaveProfile(io.ComfyNode):
                 io.Latent.Input("latent", tooltip="The sampler's output: it says which run is meant."),
                 io.String.Input(
                     "name", default="my-model",
-                    tooltip="Of the file in output/topi, perhaps with folders, as in flux/my-model.",
+                    tooltip="Name of the file in output/topi, perhaps with folders, as in flux/my-model.",
                 ),
                 io.Boolean.Input(
                     "merge", default=True,

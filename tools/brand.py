@@ -1,4 +1,7 @@
-"""Draws the icon and the banner that the registry shows, with our own scenes and overlay: `python -m tools.brand`."""
+"""Draws the icon and the banner that the registry shows, with our own scenes and overlay: `python -m tools.brand`.
+
+An illustration of what the views show: no model has run, and the mask is what the edit changes.
+"""
 
 from __future__ import annotations
 

@@ -65,6 +65,9 @@ def _median(values: Iterable[float]) -> float | None:
     return median(values) if values else None
 
 
+NO_ROOM = "there was no room for the references' keys and values: use fewer or smaller ones, or the mode prune"
+
+
 def why_nothing(run: Run) -> str | None:
     """Why a run pruned nothing, in one sentence; None where it pruned something."""
     s, steps = run.settings, len(run.steps)
@@ -74,7 +77,7 @@ def why_nothing(run: Run) -> str | None:
         return "no reference reached the model: connect ReferenceLatent, or a node like it, to the conditioning"
     if not run.anchors:
         if run.no_room:
-            return "there was no room for the references' keys and values: use fewer or smaller ones, or the mode prune"
+            return NO_ROOM
         if all(step.kind == "skipped" for step in run.steps):
             return "a cache skipped every step"
         if s.first_anchor >= steps:
@@ -82,6 +85,10 @@ def why_nothing(run: Run) -> str | None:
         window = f"start_percent {s.start_percent:g} and end_percent {s.end_percent:g}"
         return f"outside the window: no step lies between {window}"
     if not any(step.kind in SHORTER for step in run.steps):
+        if run.no_room:
+            return NO_ROOM
+        if any(step.kind == "skipped" for step in run.steps):
+            return "a cache skipped every step but the anchors"
         if s.update_interval == 1 and steps > 1:
             return "update_interval is 1, so every step is an anchor and runs in full"
         return f"too few steps: of {steps}, none is left after the anchor"

@@ -39,10 +39,11 @@ class Bits:
 
 @dataclass(frozen=True)
 class Reference:
-    """What a reference was: the size of its latent in cells, and a picture of it as large as that."""
+    """What a reference was: the size of its latent in cells, and a picture of it with a pixel a cell, or several."""
 
     size: tuple[int, int]  # height, width
-    picture: Tensor | None  # uint8 [images, height, width, 3]; None where the model has no latent-to-RGB factors
+    picture: Tensor | None
+    """uint8 [images, n x height, n x width, 3]; None where the model has no latent-to-RGB factors."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,11 @@ class Anchor:
         return self.kept.float().mean().item()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Step:
-    """One sampling step; `tokens` is the sequence length of its shortened layers, `seconds` its whole time.
+    """One sampling step, filled while it goes on.
+
+    `tokens` is the sequence length of its shortened layers, `seconds` its whole time.
 
     A step is "skipped" when a cache inside of ToPi kept the network from running. `keys` are how many tokens its
     attention sees, where they are not those of the sequence: a "reused" step sees the kept ones without having them.
@@ -82,9 +85,9 @@ class Step:
 
     index: int
     sigma: float
-    kind: Kind
-    tokens: int
-    seconds: float
+    kind: Kind = "skipped"
+    tokens: int = 0
+    seconds: float = 0.0
     keys: int | None = None
     taken: int = 0
     full: int = 0

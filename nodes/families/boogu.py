@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .family import Block, Family, padded_grid
+from .family import Block, Family
 
 
 def _blocks(network: nn.Module) -> list[Block]:
@@ -26,7 +26,6 @@ BOOGU = Family(
     label="Boogu",
     network="comfy.ldm.boogu.model.BooguTransformer2DModel",
     blocks=_blocks,
-    grid=lambda network, latent: padded_grid(latent, network.patch_size),
     hidden=lambda network: network.hidden_size,
     keys=_keys,
     key_heads=lambda network: network.single_stream_layers[0].attn.kv_heads,

@@ -33,7 +33,6 @@ class Family:
     network: str
     """The full name of ComfyUI's class. It is never imported: an older ComfyUI may lack the model."""
     blocks: Callable[[nn.Module], Sequence[Block]]
-    grid: Callable[[nn.Module, Tensor], Grid]
     hidden: Callable[[nn.Module], int]
     variant: Callable[[nn.Module], bool] = lambda network: True
     """Which networks of the class, where several families share it."""
@@ -45,6 +44,8 @@ class Family:
     """How many heads of keys a network has, where fewer than of queries; some repeat them before the attention."""
     patch: Callable[[nn.Module], int] = lambda network: network.patch_size
     """Latent pixels a token, along one side."""
+    frames: Callable[[nn.Module, Tensor], int] = lambda network, latent: 1
+    """Token grids of a latent that stand below one another: those of its frames, where they are not rows of a batch."""
     order: tuple[Part, Part, Part] = ("text", "target", "references")
     """Of the tokens in the attention."""
     pe_dim: int = 2
@@ -53,6 +54,11 @@ class Family:
     """The reference latents that a call puts into the sequence, by its arguments."""
     arguments: Mapping[str, str] | None = None
     """For networks without block replacements: parameters of a block's forward -> their names in a `Change`."""
+
+    def grid(self, network: nn.Module, latent: Tensor) -> Grid:
+        """Token grid of a latent [..., H, W], whose sides ComfyUI pads to the patch."""
+        rows, columns = (-(-side // self.patch(network)) for side in latent.shape[-2:])
+        return self.frames(network, latent) * rows, columns
 
     def keys_width(self, network: nn.Module) -> int:
         """Width of a token's keys over all attentions of the network; values are as wide."""
@@ -66,9 +72,3 @@ class Family:
 def class_of(network: nn.Module) -> str:
     """The full name of a network's class."""
     return f"{type(network).__module__}.{type(network).__qualname__}"
-
-
-def padded_grid(latent: Tensor, patch: int) -> Grid:
-    """Token grid of a latent [..., H, W] whose sides ComfyUI pads to the patch size."""
-    height, width = latent.shape[-2:]
-    return -(-height // patch), -(-width // patch)

@@ -7,19 +7,14 @@ to that, so they would need as many channels, which no VAE of it gives; without 
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
-from ...topi_core.layout import Grid
-from .family import Block, Family, padded_grid
+from .family import Block, Family
 
 
 def _blocks(network: nn.Module) -> list[Block]:
     double = [Block("double_block", i, block) for i, block in enumerate(network.double_blocks)]
     return double + [Block("single_block", i, block) for i, block in enumerate(network.single_blocks)]
-
-
-def _grid(network: nn.Module, latent: Tensor) -> Grid:
-    return padded_grid(latent, network.patch_size)
 
 
 FLUX1 = Family(
@@ -28,7 +23,6 @@ FLUX1 = Family(
     network="comfy.ldm.flux.model.Flux",
     variant=lambda network: not network.params.global_modulation,
     blocks=_blocks,
-    grid=_grid,
     hidden=lambda network: network.hidden_size,
 )
 FLUX2 = Family(
@@ -37,7 +31,6 @@ FLUX2 = Family(
     network="comfy.ldm.flux.model.Flux",
     variant=lambda network: network.params.global_modulation,
     blocks=_blocks,
-    grid=_grid,
     hidden=lambda network: network.hidden_size,
     linear=26,  # 8 for the projections, 18 for the gated MLP d -> 2 x 3d, 3d -> d
 )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from .family import Block, Family, padded_grid
+from .family import Block, Family
 
 
 def _references(network: nn.Module, given: Mapping) -> list[Tensor]:
@@ -20,12 +20,11 @@ KREA2 = Family(
     label="Krea 2",
     network="comfy.ldm.krea2.model.SingleStreamDiT",
     blocks=lambda network: [Block("single_block", i, block) for i, block in enumerate(network.blocks)],
-    grid=lambda network, latent: padded_grid(latent, network.patch),  # frames are rows of the batch
     hidden=lambda network: network.first.out_features,
     keys=lambda network: sum(block.attn.kvheads * block.attn.headdim for block in network.blocks),
     key_heads=lambda network: network.blocks[0].attn.kvheads,
     linear=23,  # 7 for the projections with 12 of 48 key heads and the gate, 16 for the gated MLP 8/3 d wide
-    patch=lambda network: network.patch,
+    patch=lambda network: network.patch,  # and frames are rows of the batch
     references=_references,
     arguments={"x": "img", "freqs": "pe", "mask": "attn_mask"},
 )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from .family import Block, Family, padded_grid
+from .family import Block, Family
 
 MAGE_FLOW = Family(
     name="mage_flow",
     label="Mage-Flow",
     network="comfy.ldm.mage_flow.model.MageFlowTransformer2DModel",
     blocks=lambda network: [Block("double_block", i, block) for i, block in enumerate(network.transformer_blocks)],
-    grid=lambda network, latent: padded_grid(latent, network.patch_size),
     hidden=lambda network: network.inner_dim,
 )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from .family import Block, Family, padded_grid
+from .family import Block, Family
 
 OMNIGEN2 = Family(
     name="omnigen2",
     label="OmniGen2",
     network="comfy.ldm.omnigen.omnigen2.OmniGen2Transformer2DModel",
     blocks=lambda network: [Block("single_block", i, layer) for i, layer in enumerate(network.layers)],
-    grid=lambda network, latent: padded_grid(latent, network.patch_size),
     hidden=lambda network: network.hidden_size,
     keys=lambda network: sum(layer.attn.kv_heads * layer.attn.dim_head for layer in network.layers),
     key_heads=lambda network: network.layers[0].attn.kv_heads,

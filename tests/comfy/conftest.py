@@ -14,7 +14,7 @@ import torch
 from topi_demo.runtime import use_comfyui
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-EXTRA_NODES = ("easycache", "torch_compile", "custom_sampler", "edit_model", "flux", "slg")
+EXTRA_NODES = ("context_windows", "easycache", "torch_compile", "custom_sampler", "edit_model", "flux", "slg")
 
 pytest.register_assert_rewrite("oracle", "reuse_oracle", "sampling")
 BASE = Path(tempfile.mkdtemp(prefix="topi-comfyui-"))  # models, user, input and output: never those of the installation

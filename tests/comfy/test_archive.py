@@ -17,8 +17,8 @@ from topi_demo.workflow import to_prompt
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = {
-    "CHANGELOG.md", "LICENSE", "README.md", "__init__.py", "pyproject.toml", "requirements.txt",
-    "locales", "nodes", "tools", "topi_core", "topi_demo", "web", "workflows",
+    "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "README.md", "__init__.py", "pyproject.toml", "requirements.txt",
+    "docs", "locales", "nodes", "tools", "topi_core", "topi_demo", "web", "workflows",
 }  # fmt: skip
 SHIPPED_OF_THE_DEMO = {
     "__init__.py", "codec.py", "comfy_model.py", "edits.py", "model.py", "scenes.py", "text.py",
@@ -55,6 +55,13 @@ def test_it_holds_what_the_pack_needs_and_nothing_else(installed):
     demo = installed / "topi_demo"
     assert {str(file.relative_to(demo)) for file in demo.rglob("*") if file.is_file()} == SHIPPED_OF_THE_DEMO
     assert not list(installed.rglob("__pycache__"))
+
+
+def test_links_in_what_users_read_lead_to_files_that_are_there(installed):
+    pages = [*installed.glob("*.md"), *(installed / "docs").glob("*.md")]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#:]+)[^):]*\)", page.read_text("utf-8"))]
+    assert len(links) >= 20
+    assert [(page.name, link) for page, link in links if not (page.parent / link).exists()] == []
 
 
 def test_what_the_linter_for_custom_nodes_flags_is_answered(installed):

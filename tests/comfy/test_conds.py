@@ -20,7 +20,7 @@ from sampling import (
     run_node,
     sample,
 )
-from small_models import FLUX1, FLUX2, KREA, QWEN, shared
+from small_models import FLUX1, FLUX2, KREA, QWEN, load, shared
 
 from topi_demo.runtime import VERSION
 
@@ -162,3 +162,52 @@ def test_room_for_one_prompt_and_not_for_the_other(monkeypatch):
     assert [step.kind for step in run.steps] == ["anchor", "reused", "reused", "anchor", "reused", "reused", "anchor"]
     assert run.no_room and not answers
     assert "For some of the prompts" in run_node("ToPiReport", trace=trace, latent={"samples": image})[0]
+
+
+def test_context_windows_over_the_width():
+    """Windows side by side are pictures of their own: each looks at its own anchor's keys and values."""
+    positive, both = conditioning(FLUX1, [latent(FLUX1, 16, 24)]), latent(FLUX1, 16, 32)
+    patched, trace = patch(shared(FLUX1), **REUSE | layer_inputs(FLUX1))
+    (windowed,) = run_node(
+        "ContextWindowsManual", model=patched, context_length=16, context_overlap=0, dim=3, causal_window_fix=False,
+        fuse_method="flat",
+    )  # fmt: skip
+
+    def denoise(model, noise):
+        with torch.inference_mode():
+            return comfy.sample.sample(
+                model, noise, 6, 1.0, "euler", "simple", positive, positive, torch.zeros_like(noise), disable_pbar=True
+            )  # fmt: skip
+
+    image = denoise(windowed, both)
+    assert len(last_run(trace).anchors) == 2
+    halves = [denoise(patched, half) for half in both.chunk(2, dim=-1)]
+    assert difference(image, torch.cat(halves, dim=-1)) < 1e-5
+
+
+@by_mode
+def test_a_guider_with_two_models(inputs, caplog):
+    """One of another depth runs as it is; a clone of the first is pruned like it."""
+    positive, negative = (conditioning(FLUX1, [latent(FLUX1)], seed=seed) for seed in (0, 1))
+    model, other = shared(FLUX1), load(FLUX1, depth=1)
+    inputs = inputs | layer_inputs(FLUX1)
+
+    def image(model, second):
+        (guider,) = run_node(
+            "DualModelGuider", model=model, model_negative=second, positive=positive, negative=negative, cfg=2.0
+        )
+        noise = comfy.sample.prepare_noise(empty(FLUX1), 7)
+        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 6)
+        sampler = comfy.samplers.sampler_object("euler")
+        with torch.inference_mode():
+            return guider.sample(noise, empty(FLUX1), sampler, sigmas, disable_pbar=True, seed=7)
+
+    patched, trace = patch(model, **inputs)
+    alone = image(patched, model)
+    assert not caplog.messages or "second model" not in caplog.text
+    assert kinds(trace)[:2] == ["anchor", "reused" if inputs["mode"] == "reuse" else "pruned"]
+    assert difference(alone, image(model, model)) > 0
+
+    exact, _ = patch(model, **inputs | {"update_interval": 1})
+    assert torch.equal(image(exact, other), image(model, other))
+    assert caplog.text.count("this run has a second model, of another kind") == 1

@@ -243,8 +243,8 @@ def test_a_run_is_the_same_after_another_model_was_compared():
 
 
 def test_a_model_on_several_gpus_is_refused():
-    """ComfyUI marks it in its options."""
+    """ComfyUI's nodes for that leave the model's copies on it, and each run finds its own options in them."""
     patched, _ = patch(shared(FLUX1), **layer_inputs(FLUX1))
-    patched.model_options["multigpu_clones"] = {}
+    patched.set_additional_models("multigpu", [patched.clone()])
     with pytest.raises(RuntimeError, match="sampled on several GPUs at once; remove one of the two"):
         sample(patched, conditioning(FLUX1, [latent(FLUX1)]), latent=empty(FLUX1))

@@ -1,12 +1,17 @@
 """ToPi Mask Preview, ToPi Report and ToPi Compare, on runs of the demo model."""
 
+import base64
+import io
 import json
 from dataclasses import replace
 
 import pytest
+import sampling
 import torch
-from sampling import patch, run_node
+from PIL import Image
+from sampling import conditioning, empty, layer_inputs, pack_module, patch, run_node
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from small_models import by_family, shared
 
 import nodes
 from topi_core.trace import Bits
@@ -101,6 +106,25 @@ def test_without_an_image_the_run_s_own_picture_is_shown(demo):
     assert mask.shape == (2, 128, 128)
     cells = image.unfold(1, 8, 8).unfold(2, 8, 8).mean((-1, -2))[0]
     assert (overlay[0, ::8, ::8] - cells).abs().max() < 0.02
+
+
+@by_family
+def test_every_family_s_picture_is_drawn(family):
+    """The live view's, and the preview's as large as the image that was encoded."""
+    patched, trace = patch(shared(family), **layer_inputs(family) | {"tau": 0.6, "update_interval": 2})
+    reference = sampling.latent(family, 12, 16)
+    image = sampling.sample(patched, conditioning(family, [reference]), latent=empty(family))
+    newest = trace.runs[-1]
+    cell = newest.cell_pixels
+    height, width = reference.shape[-2:]
+    overlay, mask = run_node("ToPiMaskPreview", trace=trace, latent={"samples": image})
+    assert mask.shape == (2, height * cell, width * cell) and overlay.shape == (*mask.shape, 3)
+    assert torch.equal(
+        mask[0, :: cell * family.patch, :: cell * family.patch].flatten(), newest.anchors[0].kept[0] * 1.0
+    )
+    event = pack_module("nodes.events").message("7", newest, newest.anchors[0])
+    (live,) = (Image.open(io.BytesIO(base64.b64decode(p.partition(",")[2]))) for p in event["pictures"])
+    assert live.size[0] % width == 0 and live.size[0] * height == live.size[1] * width
 
 
 def test_an_image_of_another_size_counts_in_proportion(demo):

@@ -65,4 +65,5 @@ def test_the_readmes_table_of_savings_and_memory():
             flops = call_flops(made, kind, 4608 + context, tokens, 4608 + context)
             made.steps.append(Step(i, 1.0, kind, tokens, 1.0, None, *flops))
         gigabytes = 2 * depth * context * hidden * 2 * (2 if "above" in guidance else 1) / 1e9
-        assert [ratio, memory, forecast] == [f"{speedup(made):.2f}", f"{gigabytes:.1f}", f"{2 * gigabytes:.1f}"]
+        most = gigabytes * (2 if len(anchors) > 1 else 1)  # of a single anchor nothing is forecast
+        assert [ratio, memory, forecast] == [f"{speedup(made):.2f}", f"{gigabytes:.1f}", f"{most:.1f}"]

@@ -68,6 +68,7 @@ def test_a_batch_is_counted_by_image():
     (run(["anchor", "pruned"], kept=(4,), tau=1.0), "tau is 1"),
     (run(["anchor", "pruned"], kept=(4,), min_keep=1.0), "min_keep is 1"),
     (run(["skipped"] * 2), "a cache skipped every step"),
+    (run(["anchor", "skipped", "skipped"]), "a cache skipped every step but the anchors"),
 ])  # fmt: skip
 def test_why_nothing_was_pruned(made, why):
     found = why_nothing(made)
