@@ -77,11 +77,11 @@ def measure(scenarios: tuple[Scenario, ...], count: int, done: set[tuple]):
                 "references": len(batch.references),
                 "psnr": _values(psnr(image, full).clamp(max=100), 2),
                 "ssim": _values(ssim(image, full), 4),
-                "psnr_to_expected": _values(psnr(image, coded), 2),
-                "psnr_of_full_to_expected": _values(psnr(full, coded), 2),
-                "kept": fmean(anchor.share for anchor in run.anchors),
+                "psnr_to_expected": _values(psnr(image, coded), 1),
+                "psnr_of_full_to_expected": _values(psnr(full, coded), 1),
+                "kept": round(fmean(anchor.share for anchor in run.anchors), 4),
                 "anchors": [anchor.step for anchor in run.anchors],
-                "predicted": cost.speedup(run) * s.steps / computed,
+                "predicted": round(cost.speedup(run) * s.steps / computed, 4),
                 "seconds": round(time.monotonic() - started, 2),
                 **where,
             }
@@ -104,8 +104,9 @@ def table(rows: list[dict], name: str) -> list[str]:
         "|---" * (len(present) + 4) + "|",
     ]
     for scenario, of in by_scenario.items():
+        measured = {row["group"] for row in of}
         cells = [_near([row for row in of if row["group"] == group]) for group in present]
-        groups = [[row for row in of if row["group"] == group] for group in present]
+        groups = [[row for row in of if row["group"] == group] for group in present if group in measured]
         kept, speed = (fmean(fmean(row[key] for row in group) for group in groups) for key in ("kept", "predicted"))
         cells += [_near(of), f"{kept:.0%}", f"{speed:.2f}x"]
         lines.append(f"| {scenario} | " + " | ".join(cells) + " |")

@@ -7,6 +7,7 @@ against speed is drawn from the same rows.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from .scenarios import CORE, README, Scenario
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 PLOT = ROOT / "docs" / "images" / "fidelity.png"
+EASYCACHE = "with EasyCache, bfloat16"
 
 
 def _rows(name: str) -> list[dict]:
@@ -86,27 +88,28 @@ def plot(path: Path) -> None:
     from matplotlib import pyplot
 
     rows = fidelity.best(_rows("fidelity"))
-    tables = {
-        "prune: tau (Table 1, Figure 10)": ("prune, by tau", "#c04040", "s-"),
-        "reuse: without the forecast": ("reuse, by anchors", "#8a8f98", "o--"),
-        "reuse: anchors": ("reuse with forecast", "#5b8def", "o-"),
-        "with EasyCache, bfloat16": ("with EasyCache", "#d99a00", "^"),
+    series = {  # what is plotted: its table, words in its scenarios' names, colour and style
+        "prune, by tau": ("prune: tau (Table 1, Figure 10)", "", "#c04040", "s-"),
+        "reuse without forecast, by anchors": ("reuse: without the forecast", "", "#8a8f98", "o--"),
+        "reuse, by anchors": ("reuse: anchors", "", "#5b8def", "o-"),
+        "EasyCache alone, by threshold": (EASYCACHE, "alone", "#8a8f98", "^:"),
+        "EasyCache and prune": (EASYCACHE, "prune", "#c04040", "^:"),
+        "EasyCache and reuse": (EASYCACHE, "reuse", "#5b8def", "^:"),
     }
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.6), sharey=True)
     for panel, references in zip(panels, (1, 3), strict=True):
-        for table, (label, color, style) in tables.items():
-            found = [(s, p) for s in CORE if s.table == table and (p := _points(rows, s, references))]
+        for label, (table, words, color, style) in series.items():
+            chosen = (s for s in CORE if s.table == table and words in s.name)
+            found = [(s, p) for s in chosen if (p := _points(rows, s, references))]
             panel.plot([p[2] for _, p in found], [p[0] for _, p in found], style, color=color, label=label)
             for s, (psnr, _, ratio) in found:
-                words = (
-                    s.name.replace("tau ", "").replace("EasyCache ", "").replace(" anchors", "").replace(" anchor", "")
-                )
-                panel.annotate(words, (ratio, psnr), (4, 3), textcoords="offset points", fontsize=7, color=color)
+                number = re.search(r"[\d.]+", s.name)[0]
+                panel.annotate(number, (ratio, psnr), (4, 3), textcoords="offset points", fontsize=7, color=color)
         panel.set_title(f"{references} reference{'s'[: references > 1]}")
         panel.set_xlabel("speed-up of the whole run by the cost model")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("PSNR to the full run, dB")
-    panels[1].legend()
+    panels[1].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
