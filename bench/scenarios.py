@@ -48,7 +48,9 @@ def _anchors(interval: int) -> str:
 
 
 PRUNE = {"mode": "prune", "tau": 0.85, "update_interval": 10}
-REUSE = {"mode": "reuse", "tau": 1.0, "update_interval": 5}
+REUSE = {"mode": "reuse", "tau": 1.0, "update_interval": 5, "reuse_text": False}
+"""Of the references alone, without the text."""
+WITH_TEXT = REUSE | {"reuse_text": True}
 EVERY_STEP = {"mode": "reuse", "update_interval": 1}
 """An anchor at every step is the unpatched model bit by bit, and its trace tells which steps a cache skipped."""
 
@@ -59,6 +61,7 @@ CORE: tuple[Scenario, ...] = (
         {m: {"metric": m} for m in ("influence", "attention", "similarity", "random")},
     ),
     *_table("reuse: anchors", REUSE, {_anchors(i): {"update_interval": i} for i in (20, 10, 7, 5, 4, 3)}),
+    *_table("reuse with text: anchors", WITH_TEXT, {_anchors(i): {"update_interval": i} for i in (20, 10, 7, 5, 4, 3)}),
     *_table(
         "reuse: without the forecast", REUSE | {"forecast": False},
         {_anchors(i): {"update_interval": i} for i in (10, 5, 3)},
@@ -68,7 +71,12 @@ CORE: tuple[Scenario, ...] = (
         for t in (0.05, 0.1, 0.2)
         for scenario in _table(
             "with EasyCache, bfloat16", {},
-            {f"EasyCache {t:g} alone": EVERY_STEP, f"EasyCache {t:g}, prune": PRUNE, f"EasyCache {t:g}, reuse": REUSE},
+            {
+                f"EasyCache {t:g} alone": EVERY_STEP,
+                f"EasyCache {t:g}, prune": PRUNE,
+                f"EasyCache {t:g}, reuse": REUSE,
+                f"EasyCache {t:g}, with text": WITH_TEXT,
+            },
             easycache=t,
         )
     ),
@@ -110,5 +118,12 @@ SCENARIOS: tuple[Scenario, ...] = (
         "reuse: 8 steps", REUSE, {_anchors(i * 20 // 8): {"update_interval": i} for i in (8, 4, 3)}, steps=8,
     ),
     *_table("reuse: 4 steps", REUSE, {_anchors(i * 20 // 4): {"update_interval": i} for i in (4, 2)}, steps=4),
+    *_table(
+        "reuse with text: 8 steps", WITH_TEXT, {_anchors(i * 20 // 8): {"update_interval": i} for i in (8, 4, 3)},
+        steps=8,
+    ),
+    *_table(
+        "reuse with text: 4 steps", WITH_TEXT, {_anchors(i * 20 // 4): {"update_interval": i} for i in (4, 2)}, steps=4,
+    ),
 )  # fmt: skip
 SHORT = tuple(s for s in CORE if s.name in ("tau 0.85", "influence", "random", "4 anchors"))

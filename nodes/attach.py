@@ -142,7 +142,7 @@ class Patch:
         references = family.references(network, given)
         grids = tuple(family.grid(network, reference) for reference in references)
         layout = Layout(text.shape[1], family.grid(network, x), grids, family.order)
-        call = state.begin(options, references, layout, x)
+        call = state.begin(options, references, layout, x, family.text_leaves and given.get("attention_mask") is None)
         wanted = changes(family, network, state, call, self.settings.front_layers)
         with ExitStack() as hooks:
             if state.compiled:

@@ -88,7 +88,7 @@ class ListeningState(State):
         self.sigmas: tuple[float, ...] | None = None
         self.heard: set[int] = set()  # steps
 
-    def begin(self, options: dict, references: list[Tensor], layout: Layout, latent: Tensor) -> Call:
+    def begin(self, options: dict, references: list[Tensor], layout: Layout, latent: Tensor, text_leaves: bool) -> Call:
         sigma = float(options["sigmas"][0])
         self.sigmas = self.sigmas or tuple(options["sample_sigmas"].tolist())
         layers = tuple(range(self.record.depth)) if references else ()

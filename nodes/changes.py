@@ -110,12 +110,14 @@ def _pruner(call: Call, block: Block, pe_dim: int) -> Change:
 
     def prune(args: dict) -> dict:
         layout = _own_layout(block, call.layout)
-        dropped = layout.context_tokens - call.kept.shape[1]
+        text = min(call.text_tokens, layout.text_tokens)
         changed = dict(args)
-        if args["img"].shape[1] != layout.tokens - dropped:
+        if args["img"].shape[1] != text + layout.target_tokens + call.kept.shape[1]:
             if args["img"].shape[1] != layout.tokens:
                 raise RuntimeError(_unexpected(layout, args["img"].shape[1]))
-            changed["img"] = realign(args["img"], layout.context, call.kept)
+            changed["img"] = _shorter(args["img"], layout, call)
+        if "txt" in args and args["txt"].shape[1] > call.text_tokens:
+            changed["txt"] = args["txt"][:, : call.text_tokens]
         for names, dims in ((POSITIONS, (pe_dim,)), (MASKS, (-2, -1))):
             changed |= {name: _realigned(call, args[name], dims) for name in names if args.get(name) is not None}
         return changed
@@ -146,9 +148,19 @@ def _realigned(call: Call, x: Tensor, dims: tuple[int, ...]) -> Tensor:
                 if call.kind == "reused" and dim == -1:
                     short = _keys_last(short, layout.context, call)
                 else:
-                    short = realign(short, layout.context, call.kept, dim % x.ndim)
+                    short = _shorter(short, layout, call, dim % x.ndim)
         call.positions[key] = (x, short)  # x is kept alive, or its id could be another tensor's
     return call.positions[key][1]
+
+
+def _shorter(x: Tensor, layout: Layout, call: Call, dim: int = 1) -> Tensor:
+    """x without the context tokens that this call drops, and without the text that leaves it."""
+    x = realign(x, layout.context, call.kept, dim)
+    if layout.text_tokens <= call.text_tokens:
+        return x
+    start = layout.text.start - (layout.context_tokens - call.kept.shape[1] if layout.text.start else 0)
+    head, text, tail = x.tensor_split((start, start + layout.text_tokens), dim)
+    return torch.cat((head, text.narrow(dim, 0, call.text_tokens), tail), dim)
 
 
 def _keys_last(mask: Tensor, context: slice, call: Call) -> Tensor:
@@ -179,22 +191,26 @@ def _keep(call: Call, place: Place, attention: Callable, q: Tensor, k: Tensor, v
     layout = _layout_of(k.shape[-2], call.layout)
     if layout is None:
         raise RuntimeError(_unexpected(call.layout, k.shape[-2]))
-    keys, values = (x[..., layout.context, :].chunk(len(call.caches)) for x in (k, v))
+    parts = (layout.text, layout.context) if call.reuse_text else (layout.context,)
+    keys, values = (x.chunk(len(call.caches)) for x in (k, v))
     for cache, own_k, own_v in zip(call.caches, keys, values, strict=True):
-        cache.put(place, own_k, own_v)
+        cache.put(place, own_k, own_v, *parts)
     return attention(q, k, v, *rest, **kwargs)
 
 
 def _reuse(call: Call, place: Place, attention: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, *rest, **kwargs):
-    """Lets an attention see the kept keys and values beside its own."""
-    pairs = [cache.get(place, k.device, call.sigma) for cache in call.caches]
+    """Lets an attention see the kept keys and values beside its own, and in place of those of text that left."""
+    pairs = [cache.get(place, k.device, call.sigma, call.reuse_text) for cache in call.caches]
     keys, values = zip(*pairs, strict=True)
-    own, kept = k.shape[-2], keys[0].x.shape[-2]
+    tokens, kept = k.shape[-2], keys[0].x.shape[-2]
+    own = slice(0, tokens)
+    if call.reuse_text:  # at one end
+        own = slice(call.text_tokens, tokens) if call.layout.text.start == 0 else slice(0, tokens - call.text_tokens)
     if rest and rest[0] is not None:
-        rest = (extend_mask(rest[0], own, kept), *rest[1:])
+        rest = (extend_mask(rest[0], tokens, own, kept), *rest[1:])
     elif kwargs.get("mask") is not None:
-        kwargs["mask"] = extend_mask(kwargs["mask"], own, kept)
-    return attention(q, extend(k, keys), extend(v, values), heads, *rest, **kwargs)
+        kwargs["mask"] = extend_mask(kwargs["mask"], tokens, own, kept)
+    return attention(q, extend(k[..., own, :], keys), extend(v[..., own, :], values), heads, *rest, **kwargs)
 
 
 def _scorer(state: State, call: Call, layer: int, block: Block) -> Change:

@@ -84,6 +84,7 @@ class Call:
     features: bool = False
     search: bool = False
     kept: Tensor | None = None  # [B, K] into the context, on pruned calls that drop anything; K = 0 on reused ones
+    reuse_text: bool = False  # at an anchor the text is kept for it; in a reused call it leaves the sequence
     conds: tuple[Cond, ...] = ()  # one a chunk
     caches: list[ContextCache] = field(default_factory=list)  # one a chunk: to fill at an anchor, or to reuse
     scores: dict[int, Tensor] = field(default_factory=dict)  # layer -> [B, C]
@@ -127,14 +128,26 @@ class Call:
             )
 
     @property
+    def text_tokens(self) -> int:
+        """How much text stays in the sequence. Where it leaves, as much as compiling and kernels need to go on as
+        they are, though nothing looks at it: torch compiles lengths of 0 and 1 apart, some kernels take no empty input.
+        """
+        leaves = self.reuse_text and self.kind == "reused"
+        return min(2, self.layout.text_tokens) if leaves else self.layout.text_tokens
+
+    @property
     def tokens(self) -> int:
         dropped = 0 if self.kept is None else self.layout.context_tokens - self.kept.shape[1]
-        return self.layout.tokens - dropped
+        return self.layout.tokens - dropped - (self.layout.text_tokens - self.text_tokens)
 
     @property
     def keys(self) -> int | None:
         """What an attention sees, where that is not the sequence."""
-        return self.tokens + self.caches[0].kept.shape[1] if self.kind == "reused" else None
+        if self.kind != "reused":
+            return None
+        cache = self.caches[0]
+        text = cache.text if self.reuse_text else self.layout.text_tokens
+        return text + self.layout.target_tokens + cache.kept.shape[1]
 
 
 def note(step: Step, call: Call, run: Run) -> None:
@@ -157,10 +170,11 @@ class State(ABC):
     compiled: Compiled | None = None
 
     @abstractmethod
-    def begin(self, options: dict, references: list[Tensor], layout: Layout, latent: Tensor) -> Call:
+    def begin(self, options: dict, references: list[Tensor], layout: Layout, latent: Tensor, text_leaves: bool) -> Call:
         """Decides what a call of the network does.
 
         options: ComfyUI's transformer_options; latent and references [rows of the call, ...], of these maybe none.
+        text_leaves: whether the network lets its text leave the sequence in such a call.
         """
 
     @abstractmethod
@@ -219,7 +233,7 @@ class RunState(State):
         self.open: Step | None = None  # from its first call to the first call of another one
         self.started = 0.0
 
-    def begin(self, options: dict, references: list[Tensor], layout: Layout, latent: Tensor) -> Call:
+    def begin(self, options: dict, references: list[Tensor], layout: Layout, latent: Tensor, text_leaves: bool) -> Call:
         sigma = float(options["sigmas"][0])
         if self.schedule is None:
             s = self.settings
@@ -236,6 +250,7 @@ class RunState(State):
         chunks = self._groups(conds, references, layout)
         call = Call(layout, chunks, self._kind(chunks, step, sigma), step, sigma, conds=conds)
         if self.settings.mode == "reuse":
+            call.reuse_text = self.settings.reuse_text and text_leaves
             self._reuse(call, references, latent)
         elif call.kind == "pruned":
             call.kept = self._kept(chunks, latent.device)
@@ -259,9 +274,12 @@ class RunState(State):
             sizes = {cache and cache.kept.shape[1] for cache in call.caches}
             call.kind = "reused" if len(sizes) == 1 and None not in sizes else "anchor"
         if call.kind == "reused":
+            texts = {cache.text for cache in call.caches}
+            call.reuse_text &= len(texts) == 1 and texts != {0}
             call.kept = torch.empty(1, 0, dtype=torch.long, device=latent.device)
         elif call.kind == "anchor":
-            size = self.memory.size(call.layout.context_tokens)
+            text = call.layout.text_tokens if call.reuse_text else 0
+            size = self.memory.size(text + call.layout.context_tokens)
             room = self.memory.room(latent, references, len(call.conds))
             call.caches = self.caches.fresh(call.conds, call.step, call.sigma, self.images * size, room)
             self.record.offloaded = self.caches.offloaded

@@ -35,7 +35,7 @@ class Settings:
     `layers` are the representative ones (Eq. 5); without any, the first anchor finds them, where anything depends on
     it. The first `front_layers` always see the full context, when pruning. `profile` is where both come from, for the
     report. `spacing` "auto" is "steps" for the mode prune, as in the paper, and "sigma" for reuse (`Schedule.anchors`).
-    `forecast` is for reuse alone (`reuse.ContextCache`).
+    `forecast` and `reuse_text` are for reuse alone (`reuse.ContextCache`).
     """
 
     depth: int
@@ -53,6 +53,7 @@ class Settings:
     max_keep: float = 1.0
     metric: Metric = "influence"
     forecast: bool = True
+    reuse_text: bool = True
 
     def __post_init__(self) -> None:
         for name in ("tau", "start_percent", "end_percent", "min_keep", "max_keep"):

@@ -3,10 +3,11 @@
 A pruned token costs its linear layers and its queries as long as it is kept. A reused one costs a column of the
 attention and nothing else: between anchors the sequence is text and target alone, and every attention sees the kept
 tokens' keys (after RoPE) and values of the anchor beside its own. From the second anchor on they may be forecast: what
-they changed by since the anchor before, they go on changing by.
+they changed by since the anchor before, they go on changing by. The text may be reused in the same way: then it leaves
+the sequence as well, and its keys and values stand before the context's in the cache.
 
-Axes: I images of one cond, H heads, C context tokens, K kept ones, D head dimension. Keys and values are
-[I, H, C, D], or [I, C, H * D] where a model splits its heads later; tokens are the last dimension but one.
+Axes: I images of one cond, H heads, C context tokens, K kept ones, X text tokens, D head dimension. Keys and values are
+[I, H, X + C, D], or [I, X + C, H * D] where a model splits its heads later; tokens are the last dimension but one.
 """
 
 from __future__ import annotations
@@ -30,6 +31,11 @@ class Line(NamedTuple):
     x: Tensor
     change: Tensor | None = None
     ahead: float = 0.0
+
+    def behind(self, tokens: int) -> Line:
+        """Without so many tokens at its beginning."""
+        change = None if self.change is None else self.change[..., tokens:, :]
+        return Line(self.x[..., tokens:, :], change, self.ahead)
 
     def write(self, out: Tensor) -> None:
         """Puts them into `out` [I, .., K, D], which may have more heads: as many in a row get the same."""
@@ -57,40 +63,53 @@ class ContextCache:
     key_heads: int | None = None  # where more heads than these come, in a row the same ones, they are held once
     before: ContextCache | None = None
     kept: Tensor | None = None  # [I, K] into the context, once it is known
+    text: int = 0  # how many tokens before the context's are the text's; all of them stay
     entries: dict[Place, tuple[Tensor, Tensor]] = field(default_factory=dict)
     changes: dict[Place, tuple[Tensor, Tensor]] = field(default_factory=dict)  # since the anchor before
     span: float = 0.0  # of sigma, since then
     coming: dict[Place, _Transfer] = field(default_factory=dict)
 
-    def put(self, place: Place, k: Tensor, v: Tensor) -> None:
-        """Takes over the context's part of an attention's keys and values [I, .., C, D]; they are copied.
-
-        With `key_heads` they are [I, H, C, D].
+    def put(self, place: Place, k: Tensor, v: Tensor, *parts: slice) -> None:
+        """Copies what stands in `parts` of an attention's keys and values [I, .., N, D]: the context, or the text and
+        the context; without `parts` all of it is context. With `key_heads` they are [I, H, N, D].
         """
         if self.key_heads:
             repeated = k.shape[1] // self.key_heads
             k, v = k[:, ::repeated], v[:, ::repeated]
-        copy = _to_host if self.offload else torch.clone
+        self.text = sum(part.stop - part.start for part in parts[:-1])
+        pair = tuple(torch.cat([x[..., part, :] for part in parts or (slice(None),)], -2) for x in (k, v))
         if self.before is not None:
             old = self.before.entries.pop(place)
-            if self.before.step != self.step:
-                dk, dv = (_change(new, was, self.before.kept) for new, was in zip((k, v), old, strict=True))
+            if self.before.text != self.text:  # the prompt was padded to another length: nothing to compare with
+                self.changes.pop(place, None)
+            elif self.before.step != self.step:
+                known = self.before.with_text(self.before.kept)
+                dk, dv = (_change(new, was, known) for new, was in zip(pair, old, strict=True))
                 self.changes[place] = dk, dv
                 self.span = self.sigma - self.before.sigma
             del old  # before its place is taken
-        self.entries[place] = copy(k), copy(v)
+        self.entries[place] = (_to_host(pair[0]), _to_host(pair[1])) if self.offload else pair
 
     def shrink(self, kept: Tensor) -> None:
         """Drops the tokens that are not kept: kept [I, K], ascending, on any device."""
         some = next(iter(self.entries.values()))[0]
         self.kept = kept.to(some.device)
-        if kept.shape[1] < some.shape[-2]:
+        if self.text + kept.shape[1] < some.shape[-2]:
+            rows = self.with_text(self.kept)
             for pairs in (self.entries, self.changes):
                 for place, (k, v) in pairs.items():
-                    pairs[place] = _take(k, self.kept), _take(v, self.kept)
+                    pairs[place] = _take(k, rows), _take(v, rows)
 
-    def get(self, place: Place, device: torch.device, sigma: float) -> tuple[Line, Line]:
-        """Keys and values of one attention, on the device, as they should be at `sigma`.
+    def with_text(self, kept: Tensor | None) -> Tensor | None:
+        """Tokens of the context [I, K] as those of the cache [I, X + K]; None are all."""
+        if kept is None or not self.text:
+            return kept
+        text = torch.arange(self.text, device=kept.device).expand(len(kept), -1)
+        return torch.cat((text, self.text + kept), 1)
+
+    def get(self, place: Place, device: torch.device, sigma: float, text: bool = False) -> tuple[Line, Line]:
+        """Keys and values of one attention, on the device, as they should be at `sigma`: those of the context, and
+        with `text` those of the text before them.
 
         The next attention's are sent for, where they lie in host memory.
         """
@@ -100,7 +119,7 @@ class ContextCache:
             k, v = (Line(x, change, ahead) for x, change in pairs)
         else:
             k, v = (Line(x) for x in self._arrived(place, device))
-        return k, v
+        return (k, v) if text or not self.text else (k.behind(self.text), v.behind(self.text))
 
     def clear(self) -> None:
         """Lets go of everything, also of what is on its way."""
@@ -155,11 +174,13 @@ def extend(x: Tensor, context: Sequence[Line]) -> Tensor:
     return out
 
 
-def extend_mask(mask: Tensor, own: int, kept: int) -> Tensor:
-    """A mask [.., own] over an attention's own keys, for `kept` more that nothing hides; a wider one stays."""
-    if mask.shape[-1] != own:
+def extend_mask(mask: Tensor, tokens: int, own: slice, kept: int) -> Tensor:
+    """A mask [.., tokens] over the keys of a sequence, for those of its `own` part and `kept` more that nothing hides;
+    one of another width stays.
+    """
+    if mask.shape[-1] != tokens:
         return mask
-    return torch.nn.functional.pad(mask, (0, kept), value=mask.dtype == torch.bool)
+    return torch.nn.functional.pad(mask[..., own], (0, kept), value=mask.dtype == torch.bool)
 
 
 def _take(x: Tensor, kept: Tensor) -> Tensor:

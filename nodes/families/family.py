@@ -60,6 +60,13 @@ class Family:
         rows, columns = (-(-side // self.patch(network)) for side in latent.shape[-2:])
         return self.frames(network, latent) * rows, columns
 
+    @property
+    def text_leaves(self) -> bool:
+        """Whether text can leave the sequence: where blocks can be replaced, the networks give it a stream of its own,
+        at one end of the attention's sequence, and look for nothing behind their blocks but the picture.
+        """
+        return self.arguments is None
+
     def keys_width(self, network: nn.Module) -> int:
         """Width of a token's keys over all attentions of the network; values are as wide."""
         return self.keys(network) if self.keys else len(self.blocks(network)) * self.hidden(network)

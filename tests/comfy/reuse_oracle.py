@@ -2,12 +2,14 @@
 
 At an anchor the context's keys and values of every layer are written down, for each cond. Between anchors the model
 still computes the whole sequence, but in every attention the context's keys and values are replaced by those that were
-written down, and those of dropped tokens are hidden. What the context's own rows become is of no consequence then.
+written down, and those of dropped tokens are hidden. What the context's own rows become is of no consequence then. With
+`reuse_text` the same is done to the text's, where it has a stream of its own and no mask.
 A forecast goes on along the straight line through what was written down at the last two anchors.
 """
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -33,11 +35,13 @@ class Page:
 
 
 class ReuseOracle(Oracle):
-    def __init__(self, family: Family, anchors: tuple[int, ...] | None = None, *, forecast: bool = True, **settings):
+    def __init__(self, family: Family, anchors: tuple[int, ...] | None = None, *, forecast: bool = True,
+        reuse_text: bool = True, **settings,
+    ):  # fmt: skip
         """anchors: where they are spaced by sigma."""
         super().__init__(family, **settings)
         self.given = anchors
-        self.forecast = forecast
+        self.forecast, self.reuse_text = forecast, reuse_text
         self.pages: dict[tuple[object, int, int], list[Page]] = {}  # by cond, layer and nth attention: one an anchor
         self.kept_by: dict[object, Tensor | None] = {}  # cond -> [images, C]; None until it is first used
 
@@ -50,6 +54,9 @@ class ReuseOracle(Oracle):
         options = next(a for a in (*args, *kwargs.values()) if isinstance(a, dict) and "cond_or_uncond" in a)
         self.conds = list(zip(options["uuids"], options["cond_or_uncond"], strict=True))
         self.met: dict[int, int] = {}
+        names = inspect.signature(executor.original).parameters
+        given = dict(zip(names, args, strict=False)) | kwargs
+        self.with_text = self.reuse_text and self.family.replacements and given.get("attention_mask") is None
         out = super().call(executor, *args, **kwargs)
         if self.rows is not None and self.record:
             self.kept_by |= dict.fromkeys(self.conds)
@@ -85,7 +92,9 @@ class ReuseOracle(Oracle):
     def change(self, k: Tensor, v: Tensor, mask: Tensor | None, context: slice, dim: int) -> tuple:
         number = self.met[self.layer] = self.met.get(self.layer, -1) + 1
         images = k.shape[0] // len(self.conds)
-        own = (slice(None),) * dim + (context,)
+        text = self.place("x", k.shape[dim]) if self.with_text else slice(0, 0)
+        places = [*range(text.start, text.stop), *range(context.start, context.stop)]
+        own = (slice(None),) * dim + (places,)
         if self.record:
             for i, cond in enumerate(self.conds):
                 rows = slice(i * images, (i + 1) * images)
@@ -111,6 +120,7 @@ class ReuseOracle(Oracle):
         before = pages[-2]
         ahead = min((self.now[1] - last.sigma) / (last.first_sigma - before.sigma), 1)
         known = torch.ones(last.last[0].shape[0], self.context) if last.known is None else last.known.float()
+        known = torch.nn.functional.pad(known, (last.last[0].shape[dim] - self.context, 0), value=1.0)  # the text
         known = known[:, None, :, None] if dim == 2 else known[:, :, None]
         three = zip(last.last, last.first, before.last, strict=True)
         return tuple(now + ahead * known * (first - earlier) for now, first, earlier in three)

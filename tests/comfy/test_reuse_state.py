@@ -56,15 +56,15 @@ def bytes_held(monkeypatch):
 @pytest.mark.parametrize("forecast", [True, False])
 @pytest.mark.parametrize("family", [FLUX1, QWEN], ids=lambda f: f.name)
 def test_the_record_says_what_the_cache_took(family, forecast):
-    """Two conds of one image each: keys and values of every layer, of all tokens at the anchor, in float32.
+    """Two conds of one image each: keys and values of every layer, of text and reference, in float32.
 
     At the second anchor as much again, for what changed.
     """
     positive, negative = (conditioning(family, [latent(family)], seed=seed) for seed in (0, 1))
     patched, trace = patch(shared(family), **layer_inputs(family), **REUSE, forecast=forecast)
     image = sample(patched, positive, negative, cfg=2.0, latent=empty(family))
-    run = last_run(trace)
-    assert run.cache_bytes == (2 if forecast else 1) * 2 * (2 * family.depth * 64 * HIDDEN * 4)
+    run, tokens = last_run(trace), family.text_tokens + 64
+    assert run.cache_bytes == (2 if forecast else 1) * 2 * (2 * family.depth * tokens * HIDDEN * 4)
     assert f"{run.cache_bytes / 1e6:.0f} MB of keys and values" in run.summary()
     report = run_node("ToPiReport", trace=trace, latent={"samples": image})[0]
     assert f"The kept keys and values took {run.cache_bytes / 1e6:,.1f} MB" in report and "reused step" in report
@@ -113,7 +113,7 @@ def test_without_room_for_a_forecast_there_is_none_and_the_log_says_so(monkeypat
     plain, _ = patch(shared(FLUX1), **layer_inputs(FLUX1), **REUSE, forecast=False)
     expected = sample(plain, positive, latent=start, steps=8)
     patched, trace = patch(shared(FLUX1), **layer_inputs(FLUX1), **REUSE)
-    size, asked = 2 * FLUX1.depth * 64 * HIDDEN * 4, []
+    size, asked = 2 * FLUX1.depth * (FLUX1.text_tokens + 64) * HIDDEN * 4, []
 
     def where(room, more, back=0):
         asked.append(more)

@@ -11,9 +11,9 @@ from topi_core.trace import Run, Step
 CPU = torch.device("cpu")
 
 
-def got(cache: ContextCache, place, sigma: float) -> list[torch.Tensor]:
+def got(cache: ContextCache, place, sigma: float, text: bool = False) -> list[torch.Tensor]:
     """Keys and values as an attention sees them."""
-    return [extend(line.x[..., :0, :], [line]) for line in cache.get(place, CPU, sigma)]
+    return [extend(line.x[..., :0, :], [line]) for line in cache.get(place, CPU, sigma, text)]
 
 
 @pytest.fixture
@@ -77,10 +77,38 @@ def test_heads_that_share_their_keys_are_held_once(before):
 
 def test_what_is_reused_is_hidden_by_no_mask():
     own = torch.tensor([[True, False]])
-    assert extend_mask(own, 2, 3).tolist() == [[True, False, True, True, True]]
-    assert extend_mask(own.float(), 2, 3).tolist() == [[1.0, 0.0, 0.0, 0.0, 0.0]]
+    assert extend_mask(own, 2, slice(0, 2), 3).tolist() == [[True, False, True, True, True]]
+    assert extend_mask(own.float(), 2, slice(0, 2), 3).tolist() == [[1.0, 0.0, 0.0, 0.0, 0.0]]
+    assert extend_mask(own, 2, slice(1, 2), 3).tolist() == [[False, True, True, True]]
     whole = torch.zeros(1, 5)
-    assert extend_mask(whole, 2, 3) is whole
+    assert extend_mask(whole, 2, slice(0, 2), 3) is whole
+
+
+def test_text_before_the_context_stays_and_is_forecast_with_it(pair):
+    """Taken from both ends of a sequence; without it the cache is that of the context alone."""
+    k, v = pair
+    first, second = ContextCache(0, 1.0), None
+    first.put((0, 0), k / 2, v / 2, slice(0, 2), slice(4, 7))
+    first.shrink(torch.tensor([[0, 2], [1, 2]]))
+    assert first.text == 2
+    for y, x in zip(got(first, (0, 0), 1.0, True), pair, strict=True):
+        assert torch.equal(y, torch.stack((x[0, :, [0, 1, 4, 6]], x[1, :, [0, 1, 5, 6]])) / 2)
+    second = ContextCache(5, 0.75, before=first)
+    second.put((0, 0), k, v, slice(0, 2), slice(4, 7))
+    second.shrink(torch.tensor([[0, 1], [0, 1]]))
+    for y, x in zip(got(second, (0, 0), 0.5, True), pair, strict=True):
+        torch.testing.assert_close(y[0], x[0, :, [0, 1, 4, 5]] * torch.tensor([1.5, 1.5, 1.5, 1.0])[:, None])
+        torch.testing.assert_close(y[1], x[1, :, [0, 1, 4, 5]] * torch.tensor([1.5, 1.5, 1.0, 1.5])[:, None])
+    for alone, both in zip(got(second, (0, 0), 0.5), got(second, (0, 0), 0.5, True), strict=True):
+        assert torch.equal(alone, both[..., 2:, :])
+
+
+def test_a_prompt_of_another_length_is_not_compared_with(pair):
+    first = ContextCache(0, 1.0)
+    first.put((0, 0), *pair, slice(0, 2), slice(4, 7))
+    second = ContextCache(5, 0.75, before=first)
+    second.put((0, 0), *pair, slice(0, 3), slice(4, 7))
+    assert not second.changes and not first.entries and second.text == 3
 
 
 def test_offloaded_to_the_host_it_is_the_same(pair):
