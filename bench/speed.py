@@ -1,9 +1,10 @@
 """What a step takes on full-size architectures with random weights: `python -m bench.speed`.
 
 Weights mean nothing here, so the kept share is fixed. One workload is measured five ways, in turn and over again: the
-full run; ToPi in both modes; the native run without references, which is the bound of both; and the native run with as
-many reference tokens as were kept, which is the bound of pruning. Every call of the network is timed by itself, with
-what ToPi does around it, and the GPU waited for. Figures are ratios; the cost model's (appendix F) stand beside them.
+full run; ToPi in both modes; the native run without references, which is the bound of what dropping references can do
+(reuse lets the text go as well); and the native run with as many as were kept, which is the bound of pruning. Every
+call of the network is timed by itself, with what ToPi does around it, and the GPU waited for. Figures are ratios; the
+cost model's (appendix F) stand beside them.
 
 On a CPU the same command runs a few blocks of the true width in float32, and its rows say so.
 """
@@ -224,7 +225,7 @@ def predicted(row: dict) -> dict[str, float]:
     cut = layer_flops(own + t["kept"], hidden, linear)
     return {
         "prune": (front * full + (depth - front) * cut) / (depth * full),
-        "reuse": layer_flops(own, hidden, linear, own + t["kept"]) / full,
+        "reuse": layer_flops(t["target"] + 2, hidden, linear, own + t["kept"]) / full,
         "no references": layer_flops(own, hidden, linear) / full,
         "cut references": cut / full,
     }

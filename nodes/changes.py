@@ -146,7 +146,7 @@ def _realigned(call: Call, x: Tensor, dims: tuple[int, ...]) -> Tensor:
             layout = _layout_of(x.shape[dim], call.layout)
             if layout is not None:
                 if call.kind == "reused" and dim == -1:
-                    short = _keys_last(short, layout.context, call)
+                    short = _keys_last(short, layout, call)
                 else:
                     short = _shorter(short, layout, call, dim % x.ndim)
         call.positions[key] = (x, short)  # x is kept alive, or its id could be another tensor's
@@ -163,12 +163,16 @@ def _shorter(x: Tensor, layout: Layout, call: Call, dim: int = 1) -> Tensor:
     return torch.cat((head, text.narrow(dim, 0, call.text_tokens), tail), dim)
 
 
-def _keys_last(mask: Tensor, context: slice, call: Call) -> Tensor:
+def _keys_last(mask: Tensor, layout: Layout, call: Call) -> Tensor:
     """A mask's columns as the attention of a reused call has its keys: its own tokens, then the reused ones."""
     kept = torch.cat([cache.kept for cache in call.caches]).to(mask.device)
-    columns = realign(mask, context, kept, mask.ndim - 1).narrow(-1, context.start, kept.shape[1])
-    own = realign(mask, context, call.kept, mask.ndim - 1)
-    return torch.cat((own.expand(*columns.shape[:-1], -1), columns), -1)
+    columns = realign(mask, layout.context, kept, mask.ndim - 1).narrow(-1, layout.context.start, kept.shape[1])
+    text, target = mask[..., layout.text], mask[..., layout.target]
+    if call.reuse_text:
+        own = (target, text)
+    else:
+        own = (text, target) if layout.text.start < layout.target.start else (target, text)
+    return torch.cat([*(part.expand(*columns.shape[:-1], -1) for part in own), columns], -1)
 
 
 def _layout_of(tokens: int, layout: Layout) -> Layout | None:

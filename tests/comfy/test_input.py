@@ -32,6 +32,7 @@ INPUTS = {  # id: (type, default, lowest, highest, advanced); workflows that peo
     # these came later, so they stand last: saved values have places, no names
     "spacing": ("COMBO", "auto", None, None, True),
     "forecast": ("BOOLEAN", True, None, None, True),
+    "reuse_text": ("BOOLEAN", True, None, None, True),
 }
 
 

@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from comfy.patcher_extension import WrappersMP
 from oracle import FLOAT_ERROR
 from reuse_oracle import ReuseOracle, compare_reuse
 from sampling import conditioning, difference, empty, kinds, last_run, latent, layer_inputs, patch, sample
@@ -109,6 +110,26 @@ def test_a_mask_over_the_full_sequence(family):
     image, _ = compare_reuse(family, shared(family), positive, latent=empty(family))
     without, _ = compare_reuse(family, shared(family), conditioning(family, refs), latent=empty(family))
     assert difference(image, without) > 1e-3
+
+
+def test_a_mask_that_another_patch_puts_on_inside():
+    """ToPi has let the text leave by then."""
+    tokens = FLUX1.text_tokens + 64 + 64
+    mask = -2.0 * torch.rand(1, tokens, tokens, generator=torch.Generator().manual_seed(3))
+
+    def masked(model):
+        def wrapper(executor, *args, **kwargs):
+            return executor(*args, **kwargs | {"attention_mask": mask})
+
+        model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "mask", wrapper)
+        return model
+
+    positive, start = conditioning(FLUX1, [latent(FLUX1)]), empty(FLUX1)
+    inputs = {"tau": 0.8, "update_interval": 3}
+    patched, trace = patch(shared(FLUX1), mode="reuse", spacing="steps", **layer_inputs(FLUX1), **inputs)
+    image = sample(masked(patched), positive, latent=start)
+    expected = sample(masked(ReuseOracle(FLUX1, **inputs).attach(shared(FLUX1))), positive, latent=start)
+    assert difference(image, expected) < FLOAT_ERROR and last_run(trace).steps[1].tokens == 2 + 64
 
 
 def test_a_text_mask_of_qwen():

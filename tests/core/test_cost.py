@@ -61,9 +61,9 @@ def test_the_readmes_table_of_savings_and_memory():
         made = Run("flux1", settings, hidden=hidden, linear=linear)
         anchors = Schedule(tuple(1 - i / int(steps) for i in range(int(steps) + 1)), 5).anchors
         for i in range(int(steps)):
-            kind, tokens = ("anchor", 4608 + context) if i in anchors else ("reused", 4608)
+            kind, tokens = ("anchor", 4608 + context) if i in anchors else ("reused", 2 + 4096)
             flops = call_flops(made, kind, 4608 + context, tokens, 4608 + context)
             made.steps.append(Step(i, 1.0, kind, tokens, 1.0, None, *flops))
-        gigabytes = 2 * depth * context * hidden * 2 * (2 if "above" in guidance else 1) / 1e9
+        gigabytes = 2 * depth * (512 + context) * hidden * 2 * (2 if "above" in guidance else 1) / 1e9
         most = gigabytes * (2 if len(anchors) > 1 else 1)  # of a single anchor nothing is forecast
         assert [ratio, memory, forecast] == [f"{speedup(made):.2f}", f"{gigabytes:.1f}", f"{most:.1f}"]
