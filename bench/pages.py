@@ -90,11 +90,11 @@ def plot(path: Path) -> None:
     rows = fidelity.best(_rows("fidelity"))
     series = {  # what is plotted: its table, words in its scenarios' names, colour and style
         "prune, by tau": ("prune: tau (Table 1, Figure 10)", "", "#c04040", "s-"),
-        "reuse without forecast, by anchors": ("reuse: without the forecast", "", "#8a8f98", "o--"),
-        "reuse, by anchors": ("reuse: anchors", "", "#5b8def", "o-"),
+        "reuse, by anchors": ("reuse: anchors", "", "#8a8f98", "o--"),
+        "reuse with text, by anchors": ("reuse with text: anchors", "", "#5b8def", "o-"),
         "EasyCache alone, by threshold": (EASYCACHE, "alone", "#8a8f98", "^:"),
         "EasyCache and prune": (EASYCACHE, "prune", "#c04040", "^:"),
-        "EasyCache and reuse": (EASYCACHE, "reuse", "#5b8def", "^:"),
+        "EasyCache and reuse with text": (EASYCACHE, "with text", "#5b8def", "^:"),
     }
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.6), sharey=True)
     for panel, references in zip(panels, (1, 3), strict=True):

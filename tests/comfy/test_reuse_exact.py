@@ -8,7 +8,7 @@ from comfy.patcher_extension import WrappersMP
 from oracle import FLOAT_ERROR
 from reuse_oracle import ReuseOracle, compare_reuse
 from sampling import conditioning, difference, empty, kinds, last_run, latent, layer_inputs, patch, sample
-from small_models import FAMILIES, FLUX1, FLUX2, QWEN, by_family, load, shared
+from small_models import FAMILIES, FLUX1, FLUX2, JOY, QWEN, by_family, load, shared
 
 by_method = pytest.mark.parametrize(
     ("family", "method"), [(f, m) for f in FAMILIES for m in f.methods], ids=lambda v: getattr(v, "name", v)
@@ -68,6 +68,14 @@ def test_in_a_batch_with_guidance(family):
     refs = [latent(family, batch=2)]
     positive, negative = conditioning(family, refs), conditioning(family, refs, seed=1)
     compare_reuse(family, shared(family), positive, negative, cfg=3.0, latent=empty(family, batch=2))
+
+
+@pytest.mark.parametrize("family", [FLUX1, QWEN, JOY], ids=lambda f: f.name)
+def test_prompts_of_different_lengths(family):
+    """Each has its own text, of its own length, in keys and values of its own."""
+    refs = [latent(family)]
+    positive, negative = conditioning(family, refs), conditioning(family, refs, seed=1, tokens=9)
+    compare_reuse(family, shared(family), positive, negative, cfg=2.0, latent=empty(family), steps=8)
 
 
 @by_family
