@@ -77,33 +77,31 @@ class ContextCache:
             repeated = k.shape[1] // self.key_heads
             k, v = k[:, ::repeated], v[:, ::repeated]
         self.text = sum(part.stop - part.start for part in parts[:-1])
-        pair = tuple(torch.cat([x[..., part, :] for part in parts or (slice(None),)], -2) for x in (k, v))
+        k, v = (torch.cat([x[..., part, :] for part in parts or (slice(None),)], -2) for x in (k, v))
         if self.before is not None:
             old = self.before.entries.pop(place)
             if self.before.text != self.text:  # the prompt was padded to another length: nothing to compare with
                 self.changes.pop(place, None)
             elif self.before.step != self.step:
-                known = self.before.with_text(self.before.kept)
-                dk, dv = (_change(new, was, known) for new, was in zip(pair, old, strict=True))
+                known = None if self.before.kept is None else self.before.rows(self.before.kept)
+                dk, dv = (_change(new, was, known) for new, was in zip((k, v), old, strict=True))
                 self.changes[place] = dk, dv
                 self.span = self.sigma - self.before.sigma
             del old  # before its place is taken
-        self.entries[place] = (_to_host(pair[0]), _to_host(pair[1])) if self.offload else pair
+        self.entries[place] = (_to_host(k), _to_host(v)) if self.offload else (k, v)
 
     def shrink(self, kept: Tensor) -> None:
         """Drops the tokens that are not kept: kept [I, K], ascending, on any device."""
         some = next(iter(self.entries.values()))[0]
         self.kept = kept.to(some.device)
         if self.text + kept.shape[1] < some.shape[-2]:
-            rows = self.with_text(self.kept)
+            rows = self.rows(self.kept)
             for pairs in (self.entries, self.changes):
                 for place, (k, v) in pairs.items():
                     pairs[place] = _take(k, rows), _take(v, rows)
 
-    def with_text(self, kept: Tensor | None) -> Tensor | None:
-        """Tokens of the context [I, K] as those of the cache [I, X + K]; None are all."""
-        if kept is None or not self.text:
-            return kept
+    def rows(self, kept: Tensor) -> Tensor:
+        """The text and these tokens of the context [I, K], as tokens of the cache [I, X + K]."""
         text = torch.arange(self.text, device=kept.device).expand(len(kept), -1)
         return torch.cat((text, self.text + kept), 1)
 
