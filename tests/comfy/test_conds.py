@@ -168,10 +168,10 @@ def test_context_windows_over_the_width():
     """Windows side by side are pictures of their own: each looks at its own anchor's keys and values."""
     positive, both = conditioning(FLUX1, [latent(FLUX1, 16, 24)]), latent(FLUX1, 16, 32)
     patched, trace = patch(shared(FLUX1), **REUSE | layer_inputs(FLUX1))
-    (windowed,) = run_node(
-        "ContextWindowsManual", model=patched, context_length=16, context_overlap=0, dim=3, causal_window_fix=False,
-        fuse_method="flat",
-    )  # fmt: skip
+    inputs = {"context_length": 16, "context_overlap": 0, "dim": 3, "fuse_method": "flat"}
+    if comfyui_version.__version__ == VERSION:  # older ones have no such input
+        inputs["causal_window_fix"] = False
+    (windowed,) = run_node("ContextWindowsManual", model=patched, **inputs)
 
     def denoise(model, noise):
         with torch.inference_mode():
