@@ -109,7 +109,7 @@ class ReuseOracle(Oracle):
         pairs = [self.told(self.pages[cond, self.layer, number], dim) for cond in self.conds]
         keys, values = zip(*pairs, strict=True)
         k, v = k.clone(), v.clone()
-        k[own], v[own] = torch.cat(keys), torch.cat(values)
+        k[own], v[own] = torch.cat(keys).to(k.dtype), torch.cat(values).to(v.dtype)
         return k, v, self.hide(k, mask, context, dim)
 
     def told(self, pages: list[Page], dim: int) -> tuple[Tensor, Tensor]:
