@@ -5,6 +5,7 @@ import comfy.samplers
 import comfyui_version
 import pytest
 import torch
+from comfy.context_windows import ContextSchedules
 from oracle import Oracle, compare
 from reuse_oracle import compare_reuse
 from sampling import (
@@ -168,7 +169,8 @@ def test_context_windows_over_the_width():
     """Windows side by side are pictures of their own: each looks at its own anchor's keys and values."""
     positive, both = conditioning(FLUX1, [latent(FLUX1, 16, 24)]), latent(FLUX1, 16, 32)
     patched, trace = patch(shared(FLUX1), **REUSE | layer_inputs(FLUX1))
-    inputs = {"context_length": 16, "context_overlap": 0, "dim": 3, "fuse_method": "flat"}
+    inputs = {"context_length": 16, "context_overlap": 0, "dim": 3, "fuse_method": "flat", "closed_loop": False}
+    inputs |= {"context_schedule": ContextSchedules.STATIC_STANDARD, "context_stride": 1}
     if comfyui_version.__version__ == VERSION:  # older ones have no such input
         inputs["causal_window_fix"] = False
     (windowed,) = run_node("ContextWindowsManual", model=patched, **inputs)
