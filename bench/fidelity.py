@@ -104,9 +104,8 @@ def table(rows: list[dict], name: str) -> list[str]:
         "|---" * (len(present) + 4) + "|",
     ]
     for scenario, of in by_scenario.items():
-        measured = {row["group"] for row in of}
         cells = [_near([row for row in of if row["group"] == group]) for group in present]
-        groups = [[row for row in of if row["group"] == group] for group in present if group in measured]
+        groups = [some for group in present if (some := [row for row in of if row["group"] == group])]
         kept, speed = (fmean(fmean(row[key] for row in group) for group in groups) for key in ("kept", "predicted"))
         cells += [_near(of), f"{kept:.0%}", f"{speed:.2f}x"]
         lines.append(f"| {scenario} | " + " | ".join(cells) + " |")

@@ -24,6 +24,7 @@ from statistics import median
 import torch
 
 from topi_core.cost import layer_flops
+from topi_core.reuse import TEXT_LEFT
 from topi_demo.provenance import read, setting
 from topi_demo.runtime import load_pack
 
@@ -225,7 +226,7 @@ def predicted(row: dict) -> dict[str, float]:
     cut = layer_flops(own + t["kept"], hidden, linear)
     return {
         "prune": (front * full + (depth - front) * cut) / (depth * full),
-        "reuse": layer_flops(t["target"] + 2, hidden, linear, own + t["kept"]) / full,
+        "reuse": layer_flops(t["target"] + TEXT_LEFT, hidden, linear, own + t["kept"]) / full,
         "no references": layer_flops(own, hidden, linear) / full,
         "cut references": cut / full,
     }

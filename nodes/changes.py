@@ -168,10 +168,7 @@ def _keys_last(mask: Tensor, layout: Layout, call: Call) -> Tensor:
     kept = torch.cat([cache.kept for cache in call.caches]).to(mask.device)
     columns = realign(mask, layout.context, kept, mask.ndim - 1).narrow(-1, layout.context.start, kept.shape[1])
     text, target = mask[..., layout.text], mask[..., layout.target]
-    if call.reuse_text:
-        own = (target, text)
-    else:
-        own = (text, target) if layout.text.start < layout.target.start else (target, text)
+    own = (target, text) if call.reuse_text or layout.text.start else (text, target)
     return torch.cat([*(part.expand(*columns.shape[:-1], -1) for part in own), columns], -1)
 
 

@@ -16,7 +16,7 @@ from ..topi_core.calibration import TOP_M, sensitivity, top_layers
 from ..topi_core.cost import call_flops
 from ..topi_core.influence import attention_received, fusible, influence, random_score, similarity
 from ..topi_core.layout import Layout
-from ..topi_core.reuse import ContextCache
+from ..topi_core.reuse import TEXT_LEFT, ContextCache
 from ..topi_core.schedule import Schedule
 from ..topi_core.select import Selection, select
 from ..topi_core.stopwatch import Stopwatch
@@ -129,16 +129,14 @@ class Call:
 
     @property
     def text_tokens(self) -> int:
-        """How much text stays in the sequence. Where it leaves, as much as compiling and kernels need to go on as
-        they are, though nothing looks at it: torch compiles lengths of 0 and 1 apart, some kernels take no empty input.
-        """
+        """How much text stays in the sequence."""
         leaves = self.reuse_text and self.kind == "reused"
-        return min(2, self.layout.text_tokens) if leaves else self.layout.text_tokens
+        return min(TEXT_LEFT, self.layout.text_tokens) if leaves else self.layout.text_tokens
 
     @property
     def tokens(self) -> int:
-        dropped = 0 if self.kept is None else self.layout.context_tokens - self.kept.shape[1]
-        return self.layout.tokens - dropped - (self.layout.text_tokens - self.text_tokens)
+        context = self.layout.context_tokens if self.kept is None else self.kept.shape[1]
+        return self.text_tokens + self.layout.target_tokens + context
 
     @property
     def keys(self) -> int | None:

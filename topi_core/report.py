@@ -11,6 +11,8 @@ from .overlay import kept_of
 from .profiles import Profile
 from .trace import SHORTER, Run
 
+NO_ROOM = "there was no room for the references' keys and values: use fewer or smaller ones, or the mode prune"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
@@ -63,9 +65,6 @@ def figures(run: Run) -> Figures:
 def _median(values: Iterable[float]) -> float | None:
     values = list(values)
     return median(values) if values else None
-
-
-NO_ROOM = "there was no room for the references' keys and values: use fewer or smaller ones, or the mode prune"
 
 
 def why_nothing(run: Run) -> str | None:

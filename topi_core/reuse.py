@@ -24,6 +24,12 @@ from torch import Tensor
 Place = tuple[int, int]
 """A layer, and which of its attentions: most have one."""
 
+TEXT_LEFT = 2
+"""Tokens of a reused text that stay in the sequence, though nothing looks at them.
+
+torch compiles lengths of 0 and 1 apart from all others, and some kernels take no empty input.
+"""
+
 
 class Line(NamedTuple):
     """Keys or values [I, .., K, D] as they were at an anchor, and where they go from there: x + ahead * change."""
@@ -87,7 +93,6 @@ class ContextCache:
                 dk, dv = (_change(new, was, known) for new, was in zip((k, v), old, strict=True))
                 self.changes[place] = dk, dv
                 self.span = self.sigma - self.before.sigma
-            del old  # before its place is taken
         self.entries[place] = (_to_host(k), _to_host(v)) if self.offload else (k, v)
 
     def shrink(self, kept: Tensor) -> None:

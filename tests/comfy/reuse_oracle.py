@@ -35,9 +35,15 @@ class Page:
 
 
 class ReuseOracle(Oracle):
-    def __init__(self, family: Family, anchors: tuple[int, ...] | None = None, *, forecast: bool = True,
-        reuse_text: bool = True, **settings,
-    ):  # fmt: skip
+    def __init__(
+        self,
+        family: Family,
+        anchors: tuple[int, ...] | None = None,
+        *,
+        forecast: bool = True,
+        reuse_text: bool = True,
+        **settings,
+    ):
         """anchors: where they are spaced by sigma."""
         super().__init__(family, **settings)
         self.given = anchors

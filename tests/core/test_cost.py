@@ -5,6 +5,7 @@ import pytest
 
 from topi_core.config import Settings
 from topi_core.cost import call_flops, layer_flops, speedup
+from topi_core.reuse import TEXT_LEFT
 from topi_core.schedule import Schedule
 from topi_core.trace import Run, Step
 
@@ -61,7 +62,7 @@ def test_the_readmes_table_of_savings_and_memory():
         made = Run("flux1", settings, hidden=hidden, linear=linear)
         anchors = Schedule(tuple(1 - i / int(steps) for i in range(int(steps) + 1)), 5).anchors
         for i in range(int(steps)):
-            kind, tokens = ("anchor", 4608 + context) if i in anchors else ("reused", 2 + 4096)
+            kind, tokens = ("anchor", 4608 + context) if i in anchors else ("reused", TEXT_LEFT + 4096)
             flops = call_flops(made, kind, 4608 + context, tokens, 4608 + context)
             made.steps.append(Step(i, 1.0, kind, tokens, 1.0, None, *flops))
         gigabytes = 2 * depth * (512 + context) * hidden * 2 * (2 if "above" in guidance else 1) / 1e9
