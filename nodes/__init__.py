@@ -2,7 +2,6 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import profile_files
 from .calibrate import ToPiCalibrate
 from .compare import ToPiCompare
 from .demo_model import ToPiDemoModel
@@ -11,6 +10,8 @@ from .mask_preview import ToPiMaskPreview
 from .patch import ToPiPatch
 from .report import ToPiReport
 from .save_profile import ToPiSaveProfile
+from .settings import ToPiSettings
+from .support import profile_files
 
 
 class ToPiExtension(ComfyExtension):
@@ -20,6 +21,7 @@ class ToPiExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             ToPiPatch,
+            ToPiSettings,
             ToPiMaskPreview,
             ToPiReport,
             ToPiCompare,

@@ -11,14 +11,12 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..topi_core.calibration import TOP_M, Listening
-from ..topi_core.config import Settings
-from ..topi_core.influence import attention_received
-from ..topi_core.layout import Layout
-from ..topi_core.schedule import step_of
+from ..topi_core.config import AnchorSettings, Model, Settings
+from ..topi_core.savings.listen import Listen
 from ..topi_core.trace import Trace
-from .attach import Patch, attach
-from .families import family_of
-from .run import Call, State
+from .engine.attach import Patch, attach
+from .engine.families import family_of
+from .engine.run import Engine
 
 CalibrationType = io.Custom("TOPI_CALIBRATION")
 
@@ -64,51 +62,22 @@ class ToPiCalibrate(io.ComfyNode):
         if not 1 <= top_m <= depth:
             raise ValueError(f"top_m must be in [1, {depth}] for this model of {depth} layers, got {top_m}")
         calibrating = Calibrating(family.name, depth, family.hidden(network), top_m)
-        settings = Settings(depth=depth, front_layers=0)  # nothing is ever pruned
-        return io.NodeOutput(attach(model, Calibrator(family, settings, calibrating.trace)), calibrating)
+        known = Model(family=family.name, depth=depth, hidden=family.hidden(network))
+        every_step = Settings(anchors=AnchorSettings(update_interval=1, spacing="steps"))
+        return io.NodeOutput(attach(model, Calibrator(family, known, every_step, calibrating.trace)), calibrating)
 
 
 class Calibrator(Patch):
-    """The same two wrappers; their state only listens."""
+    """The same two wrappers: every call with references is an anchor, and all that is done there is to listen."""
 
-    def start(self, guider, arguments: dict[str, Any]) -> State:
+    def engine(self, guider, arguments: dict[str, Any]) -> Engine:
+        engine = super().engine(guider, arguments)
         noise = arguments["noise"]
-        images = noise.shape[0]
         asked = {"noise": noise, "positive": guider.conds.get("positive"), "latent": arguments.get("latent_image")}
-        pairs = tuple(fingerprint(asked, image, images) for image in range(images))
-        return ListeningState(Listening(self.settings.depth, pairs), images)
-
-
-class ListeningState(State):
-    """Every step runs in full, and tells the sensitivity of all layers."""
-
-    def __init__(self, record: Listening, images: int):
-        self.record = record
-        self.images = images
-        self.sigmas: tuple[float, ...] | None = None
-        self.heard: set[int] = set()  # steps
-
-    def begin(self, options: dict, references: list[Tensor], layout: Layout, latent: Tensor, text_leaves: bool) -> Call:
-        sigma = float(options["sigmas"][0])
-        self.sigmas = self.sigmas or tuple(options["sample_sigmas"].tolist())
-        layers = tuple(range(self.record.depth)) if references else ()
-        return Call(layout, [], "full", step_of(sigma, self.sigmas), sigma, layers, search=True)
-
-    def score(self, call: Call, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
-        call.hear(layer, attention_received(q, k, call.layout, mask))
-
-    def end(self, call: Call) -> None:
-        if call.computed and call.layers:
-            if call.missing and call.step in self.heard:
-                return  # guidance left blocks out, behind a call that had them all
-            call.check()
-            self.heard.add(call.step)
-            rows = torch.stack([call.sensitivity[layer] for layer in call.layers], dim=1)  # [conds x images, L]
-            for cond in rows.split(self.images):
-                self.record.add(call.step, cond)
-
-    def finish(self, latent: Tensor) -> None:
-        self.record.finish(latent)
+        pairs = tuple(fingerprint(asked, image, engine.images) for image in range(engine.images))
+        engine.record = Listening(self.model.depth, pairs)
+        engine.savings = [Listen(engine.record)]
+        return engine
 
 
 def fingerprint(value, image: int, images: int) -> int:

@@ -72,7 +72,7 @@ class ToPiMaskPreview(io.ComfyNode):
             overlay,
             mask,
             ui=shown
-            | {"frames": facts, "note": (f"nothing was {run.word}: {why}" if (why := why_nothing(run)) else "",)},
+            | {"frames": facts, "note": (f"nothing was {run.verb}: {why}" if (why := why_nothing(run)) else "",)},
         )
 
 

@@ -49,13 +49,13 @@ class ToPiReport(io.ComfyNode):
 def facts(run: Run) -> dict:
     """The run in plain values, for the page and for programs that read the history."""
     return {
-        "family": run.family,
+        "family": run.model.family,
         "layers": list(run.layers),
         "layers_found_at": run.found_at,
-        "front_layers": run.front_layers,
+        "front_layers": run.model.front_layers,
         "cache_bytes": run.cache_bytes,
         "anchors": [
-            {"step": a.step, "sigma": a.sigma, "share": a.share, "context_tokens": a.layout.context_tokens}
+            {"step": a.step, "sigma": a.sigma, "share": a.share, "reference_tokens": a.layout.reference_tokens}
             for a in run.anchors
         ],
         "steps": [asdict(step) for step in run.steps],

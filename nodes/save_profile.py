@@ -14,9 +14,9 @@ from ..topi_core import profiles
 from ..topi_core.calibration import Calibration
 from ..topi_core.profiles import Profile
 from ..topi_core.report import describe, headline
-from . import profile_files
 from .calibrate import Calibrating, CalibrationType
-from .chart import chart
+from .support import profile_files
+from .support.chart import chart
 
 
 class ToPiSaveProfile(io.ComfyNode):

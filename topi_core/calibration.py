@@ -5,7 +5,7 @@ Axes as in `influence.py`; L layers, P image-prompt pairs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -20,21 +20,21 @@ TOP_M = 3
 
 
 def sensitivity_plain(q: Tensor, k: Tensor, layout: Layout, mask: Tensor | None = None) -> Tensor:
-    """Context sensitivity of one layer as Eq. 4 has it: all attention that the target pays to the context.
+    """Context sensitivity of one layer as Eq. 4 has it: all attention that the target pays to the references.
 
     q, k [B, H, N, D], mask additive, broadcastable to [B, H, N, N] -> [B], a sum over heads, rows and tokens.
     """
     logits = (q @ k.mT) * q.shape[-1] ** -0.5  # [B, H, N, N]
     attention = (logits if mask is None else logits + mask).softmax(-1)
-    return attention[:, :, layout.target, layout.context].sum((1, 2, 3))
+    return attention[:, :, layout.target, layout.reference].sum((1, 2, 3))
 
 
 def sensitivity(received: Tensor, layout: Layout) -> Tensor:
     """Context sensitivity of one layer, from `attention_received` [B, H, C] -> [B], in [0, 1].
 
-    It is Eq. 4 by head and target row, the sum of all S_j (Eq. 3): the share of the target's attention that the context
-    receives, which is what Fig. 1 shows. The order of the layers is the same, and a large image counts no more than a
-    small one.
+    It is Eq. 4 by head and target row, the sum of all S_j (Eq. 3): the share of the target's attention that the
+    references receive, which is what Fig. 1 shows. The order of the layers is the same, and a large image counts no
+    more than a small one.
     """
     return target_aware_score(received, layout).sum(1)
 
@@ -106,6 +106,33 @@ class Calibration:
         return tuple(sum(layer in top for top in own) / len(own) for layer in layers)
 
 
+class LayerSearch:
+    """Finds the representative layers of a run on its first anchor step alone: Eq. 4 and 5 over all rows with
+    references.
+    """
+
+    def __init__(self, depth: int):
+        self.depth = depth
+        self.found: dict[Hashable, tuple[int, Tensor, int]] = {}  # set of references -> step, sum of S [L], rows
+
+    def knows(self, references: Hashable, step: int) -> bool:
+        return references in self.found and self.found[references][0] == step
+
+    def add(self, references: Hashable, step: int, total: Tensor, rows: int) -> None:
+        """total [L] is the sum of S over so many rows; calls of one step are added up."""
+        if self.knows(references, step):
+            _, before, count = self.found[references]
+            total, rows = before + total, count + rows
+        self.found[references] = step, total, rows
+
+    def result(self) -> tuple[tuple[int, ...], int]:
+        """The Top-M, and the step that told."""
+        first = min(step for step, _, _ in self.found.values())
+        of_first = [(total.cpu().double(), rows) for step, total, rows in self.found.values() if step == first]
+        mean = torch.stack([total for total, _ in of_first]).sum(0) / sum(rows for _, rows in of_first)
+        return top_layers(mean, min(TOP_M, self.depth)), first
+
+
 @dataclass
 class Listening(Sampled):
     """What one sampling run tells, collected while it goes on: a pair for each of its images."""
@@ -131,7 +158,7 @@ class Listening(Sampled):
         mean = torch.stack([torch.stack(rows).mean(0) for rows in self.heard.values()]).mean(0)
         return Calibration.of(self.depth, zip(self.pairs, mean, [len(self.heard)] * len(self.pairs), strict=True))
 
-    def summary(self) -> str:
+    def __str__(self) -> str:
         """One line for the log."""
         if not self.heard:
             return "no reference reached the model, so nothing was calibrated"

@@ -1,27 +1,24 @@
-"""The settings of a run, checked once where they are made."""
+"""The settings of a run, nested by what they concern and checked where they are made; their defaults are the node's."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from .influence import Metric
+from .influence import INFLUENCE, Scorer
 from .schedule import Spacing
 
 Mode = Literal["reuse", "prune"]
 AnySpacing = Literal["auto", "steps", "sigma"]
 MODES, SPACINGS = get_args(Mode), get_args(AnySpacing)
-
-
-def _within(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:  # also refuses NaN
-        raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
+OWN_INTERVAL: dict[Mode, int] = {"reuse": 5, "prune": 10}
+"""Steps from anchor to anchor where update_interval is 0; 10 is the paper's."""
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
-    """ "13, 18,31" -> (13, 18, 31)."""
+    """ "13, 18,31" -> (13, 18, 31), and an empty text -> ()."""
     try:
-        return tuple(int(part) for part in text.split(","))
+        return tuple(int(part) for part in text.split(",")) if text.strip() else ()
     except ValueError:
         raise ValueError(
             f"layers must be layer numbers with commas between them, as in '13,18,31', got {text!r}"
@@ -29,62 +26,127 @@ def parse_layers(text: str) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How to prune a model of `depth` layers; layers are counted over the whole stack from 0.
+class LayerSettings:
+    """Which layers score the references (Eq. 5), and how many front layers see all of them.
 
-    `layers` are the representative ones (Eq. 5); without any, the first anchor finds them, where anything depends on
-    it. The first `front_layers` always see the full context, when pruning. `profile` is where both come from, for the
-    report. `spacing` "auto" is "steps" for the mode prune, as in the paper, and "sigma" for reuse (`Schedule.anchors`).
-    `forecast` and `reuse_text` are for reuse alone (`reuse.ContextCache`).
+    What is typed in `layers` and `front_layers` stands in place of what the profile says.
     """
 
-    depth: int
+    profile: str = "auto"
     layers: tuple[int, ...] = ()
-    front_layers: int
-    profile: str = ""
-    tau: float = 0.85
-    update_interval: int = 10
-    mode: Mode = "prune"
-    spacing: AnySpacing = "auto"
+    front_layers: int = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnchorSettings:
+    """Where the anchors stand (Eq. 11, `schedule.Schedule`); an update_interval of 0 is the mode's own."""
+
+    update_interval: int = 0
     first_anchor: int = 0
     start_percent: float = 0.0
     end_percent: float = 1.0
+    spacing: AnySpacing = "auto"
+
+    def __post_init__(self) -> None:
+        _within("update_interval", self.update_interval, 0, 1000)
+        _within("first_anchor", self.first_anchor, 0, 1000)
+        _ordered("start_percent", self.start_percent, "end_percent", self.end_percent)
+        _one_of("spacing", self.spacing, SPACINGS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepSettings:
+    """How many reference tokens are kept, and by which score (Eq. 10, `select.select`)."""
+
+    tau: float = 0.85
     min_keep: float = 0.0
     max_keep: float = 1.0
-    metric: Metric = "influence"
+    metric: Scorer = INFLUENCE
+
+    def __post_init__(self) -> None:
+        _within("tau", self.tau, 0, 1)
+        _ordered("min_keep", self.min_keep, "max_keep", self.max_keep)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReuseSettings:
+    """What the mode reuse does with keys and values (`savings.reuse`)."""
+
     forecast: bool = True
     reuse_text: bool = True
 
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All that ToPi Patch and ToPi Settings are told."""
+
+    mode: Mode = "reuse"
+    layers: LayerSettings = field(default_factory=LayerSettings)
+    anchors: AnchorSettings = field(default_factory=AnchorSettings)
+    keep: KeepSettings = field(default_factory=KeepSettings)
+    reuse: ReuseSettings = field(default_factory=ReuseSettings)
+
     def __post_init__(self) -> None:
-        for name in ("tau", "start_percent", "end_percent", "min_keep", "max_keep"):
-            _within(name, getattr(self, name), 0, 1)
-        _within("update_interval", self.update_interval, 1, 1000)
-        _within("first_anchor", self.first_anchor, 0, 1000)
-        if self.min_keep > self.max_keep:
-            raise ValueError(f"min_keep must not be above max_keep, got {self.min_keep} and {self.max_keep}")
-        if self.start_percent > self.end_percent:
-            raise ValueError(
-                f"start_percent must not be above end_percent, got {self.start_percent} and {self.end_percent}"
-            )
-        if self.mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
-        if self.spacing not in SPACINGS:
-            raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}, got {self.spacing!r}")
-        if self.metric not in get_args(Metric):
-            raise ValueError(f"metric must be one of {', '.join(get_args(Metric))}, got {self.metric!r}")
-        wrong = [layer for layer in self.layers if not 0 <= layer < self.depth]
-        if wrong:
-            raise ValueError(f"layers must be in [0, {self.depth - 1}] for this model, got {wrong[0]}")
-        if not 0 <= self.front_layers < self.depth:
-            raise ValueError(f"front_layers must be in [0, {self.depth - 1}] for this model, got {self.front_layers}")
+        _one_of("mode", self.mode, MODES)
+
+    @property
+    def update_interval(self) -> int:
+        return self.anchors.update_interval or OWN_INTERVAL[self.mode]
+
+    @property
+    def spacing(self) -> Spacing:
+        """ "auto" is "steps" for prune, as in the paper, and "sigma" for reuse."""
+        if self.anchors.spacing == "auto":
+            return "sigma" if self.mode == "reuse" else "steps"
+        return self.anchors.spacing
+
+    @property
+    def tau(self) -> float:
+        """The share of the influence that is kept; with reuse all of it, but for min_keep and max_keep."""
+        return 1.0 if self.mode == "reuse" else self.keep.tau
 
     @property
     def keeps_all(self) -> bool:
         """Whether every token is kept, whatever it scores."""
-        return self.min_keep == 1 or (self.tau == 1 and self.max_keep == 1)
+        return self.keep.min_keep == 1 or (self.tau == 1 and self.keep.max_keep == 1)
 
-    @property
-    def anchor_spacing(self) -> Spacing:
-        if self.spacing == "auto":
-            return "sigma" if self.mode == "reuse" else "steps"
-        return self.spacing
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What a run knows of its network.
+
+    `layers` are the representative ones (Eq. 5), counted over the whole stack from 0; without any, the first anchor
+    finds them. The first `front_layers` always see every token, when pruning. `profile` is where both come from.
+    `hidden` and `linear` are the width and the layers' linear operations, as `cost.layer_flops` wants them.
+    """
+
+    family: str
+    depth: int
+    hidden: int = 0
+    linear: int = 24
+    layers: tuple[int, ...] = ()
+    front_layers: int = 0
+    profile: str = ""
+
+    def __post_init__(self) -> None:
+        for name, values in (("layers", self.layers), ("front_layers", (self.front_layers,))):
+            for value in values:
+                if not 0 <= value < self.depth:
+                    raise ValueError(f"{name} must be in [0, {self.depth - 1}] for this model, got {value}")
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:  # also refuses NaN
+        raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
+
+
+def _ordered(low_name: str, low: float, high_name: str, high: float) -> None:
+    _within(low_name, low, 0, 1)
+    _within(high_name, high, 0, 1)
+    if low > high:
+        raise ValueError(f"{low_name} must not be above {high_name}, got {low} and {high}")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")

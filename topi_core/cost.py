@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from .trace import Kind, Run
+from .config import Model
+from .layout import Layout
+from .plan import Plan
+from .trace import Run
 
 
 def layer_flops(tokens: int, hidden: int, linear: int = 24, keys: int | None = None) -> int:
@@ -14,21 +17,24 @@ def layer_flops(tokens: int, hidden: int, linear: int = 24, keys: int | None = N
     return 4 * tokens * (tokens if keys is None else keys) * hidden + linear * tokens * hidden**2
 
 
-def call_flops(run: Run, kind: Kind, full: int, tokens: int, keys: int | None = None) -> tuple[int, int]:
-    """Operations of one cond in one call of the network over `full` tokens: as it ran, and with the full context.
+def call_flops(model: Model, plan: Plan, layout: Layout) -> int:
+    """Operations of one prompt in one call of the network. An answer in its place takes none.
 
-    A pruned call runs its front layers in full, a reused one no layer; the others see `tokens`, and `keys`.
+    The layers before the plan's first see the whole sequence, the others what its cut leaves of it.
     """
-    layer = layer_flops(full, run.hidden, run.linear)
-    shorter = {"pruned": run.depth - run.front_layers, "reused": run.depth}.get(kind, 0)
-    taken = (run.depth - shorter) * layer + shorter * layer_flops(tokens, run.hidden, run.linear, keys)
-    return taken, run.depth * layer
+    if plan.answer is not None:
+        return 0
+    whole = layer_flops(layout.tokens, model.hidden, model.linear)
+    if plan.cut is None:
+        return model.depth * whole
+    short = layer_flops(plan.cut.tokens(layout), model.hidden, model.linear, plan.cut.key_tokens(layout))
+    return plan.first_layer * whole + (model.depth - plan.first_layer) * short
 
 
 def speedup(run: Run) -> float:
-    """How much less a run should have taken than one in which every call sees the full context.
+    """How much less a run should have taken than one in which every call computes the whole sequence.
 
     A prompt without references weighs in both, calls that a cache answered in neither.
     """
-    taken = sum(step.taken for step in run.steps)
-    return sum(step.full for step in run.steps) / taken if taken else 1.0
+    flops = sum(step.flops for step in run.steps)
+    return sum(step.full_flops for step in run.steps) / flops if flops else 1.0

@@ -1,7 +1,7 @@
 """Eq. 2's sum over target rows as two Triton kernels, which never write the scores to memory.
 
 The first finds each target row's log-sum-exp over all N keys, as flash attention does; with it the second adds up each
-context token's column, without atomics, so the same input gives the same sum. Products are of the inputs' half
+reference token's column, without atomics, so the same input gives the same sum. Products are of the inputs' half
 precision and add up in float32, which is what `influence.attention_received_chunked` computes too. Needs Triton.
 """
 
@@ -85,16 +85,16 @@ def attention_received_fused(q: Tensor, k: Tensor, layout: Layout) -> Tensor:
     """`attention_received_plain` without a mask: q, k [B, H, N, D] in half precision -> [B, H, C] in float32."""
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q[:, :, layout.target], k))
     batch, heads, rows, width = q.shape
-    columns, tokens = layout.context_tokens, k.shape[2]
+    columns, tokens = layout.reference_tokens, k.shape[2]
     lse, received = (torch.empty(batch, heads, n, dtype=torch.float32, device=q.device) for n in (rows, columns))
     scale, tiles = width**-0.5 * log2(e), dict(ROWS=ROWS, COLUMNS=COLUMNS, D=max(16, triton.next_power_of_2(width)))
-    context = k[:, :, layout.context]
+    references = k[:, :, layout.reference]
     strides = *q.stride()[:3], *k.stride()[:3]
     with torch.cuda.device_of(q):
         log_sum_exp[triton.cdiv(rows, ROWS), batch * heads](
             q, k, lse, scale, heads, rows, tokens, width, *strides, **tiles
         )
         column_sums[triton.cdiv(columns, COLUMNS), batch * heads](
-            q, context, lse, received, scale, heads, rows, columns, width, *strides, **tiles
+            q, references, lse, received, scale, heads, rows, columns, width, *strides, **tiles
         )
     return received

@@ -1,14 +1,15 @@
-"""How much each context token matters to the target: the paper's score, and the ones it is compared with.
+"""How much each reference token matters to the target (Eq. 2, 3 and 9).
 
-Axes: B batch rows, H heads, T target, C context, N the whole sequence, D head dimension. Queries and keys come
+Axes: B batch rows, H heads, T target, C references, N the whole sequence, D head dimension. Queries and keys come
 after RoPE; the softmax runs over all N keys and its scale is 1 / sqrt(D).
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,21 +18,19 @@ from .layout import Layout
 
 log = logging.getLogger(__name__)
 
-Metric = Literal["influence", "attention", "similarity", "random"]
-
 BUDGET = 256 * 2**20
 """Bytes that the score matrices of one chunk may take, whatever the size of the image."""
 
 
 def attention_received_plain(q: Tensor, k: Tensor, layout: Layout, mask: Tensor | None = None) -> Tensor:
-    """Attention that each context token receives from all target rows: the sum over i of A_ij (Eq. 2).
+    """Attention that each reference token receives from all target rows: the sum over i of A_ij (Eq. 2).
 
     q, k [B, H, N, D], mask bool or additive, broadcastable to [B, H, N, N] -> [B, H, C]
     """
     logits = (q[:, :, layout.target] @ k.mT) * q.shape[-1] ** -0.5  # [B, H, T, N]
     if mask is not None:
         logits = _masked(logits, mask if mask.shape[-2] == 1 else mask[..., layout.target, :])
-    return logits.softmax(-1)[..., layout.context].sum(-2)
+    return logits.softmax(-1)[..., layout.reference].sum(-2)
 
 
 def attention_received(q: Tensor, k: Tensor, layout: Layout, mask: Tensor | None = None) -> Tensor:
@@ -87,7 +86,7 @@ def attention_received_chunked(
     dtype = torch.promote_types(q.dtype, torch.float32)
     if mask is not None:
         mask = mask.expand(rows, heads, mask.shape[-2], tokens)
-    received = torch.zeros(rows, heads, layout.context_tokens, dtype=dtype, device=q.device)
+    received = torch.zeros(rows, heads, layout.reference_tokens, dtype=dtype, device=q.device)
     height = max(1, budget // (2 * tokens * dtype.itemsize))  # score rows in a chunk, over all its heads
     step = min(height, layout.target_tokens)
     together = max(1, height // max(1, layout.target_tokens))
@@ -100,7 +99,7 @@ def attention_received_chunked(
                 logits = (q[b, some, chunk].to(dtype) * width**-0.5) @ keys  # [h, t, N]
                 if mask is not None:
                     logits = _masked(logits, mask[b, some] if mask.shape[-2] == 1 else mask[b, some, chunk])
-                received[b, some] += logits.softmax(-1)[..., layout.context].sum(-2)
+                received[b, some] += logits.softmax(-1)[..., layout.reference].sum(-2)
     return received
 
 
@@ -115,25 +114,30 @@ def influence(received: Tensor, v: Tensor, layout: Layout) -> Tensor:
 
     received [B, H, C] from `attention_received`, v [B, H, N, D] -> [B, C]. Layers are added up.
     """
-    norms = torch.linalg.vector_norm(v[:, :, layout.context].to(received.dtype), dim=-1)  # [B, H, C]
+    norms = torch.linalg.vector_norm(v[:, :, layout.reference].to(received.dtype), dim=-1)  # [B, H, C]
     return (norms * received).sum(1)
 
 
 def target_aware_score(received: Tensor, layout: Layout) -> Tensor:
-    """S_j, the average attention a context token receives (Eq. 3): received [B, H, C] -> [B, C]."""
+    """S_j, the average attention a reference token receives (Eq. 3): received [B, H, C] -> [B, C]."""
     return received.mean(1) / layout.target_tokens
 
 
-def similarity(hidden: Tensor, layout: Layout) -> Tensor:
-    """Table 3's feature similarity: mean cosine between a context token and the target rows, moved to [0, 1].
+@dataclass(frozen=True)
+class Scorer:
+    """A way to score the reference tokens in one layer; a benchmark brings others.
 
-    hidden [B, N, W], the block's input -> [B, C]
+    A run asks `begin(seed)` once for its function. It is called as score(received, v, layout), with the attention that
+    is received [B, H, C] and the values [B, H, N, D]; with `of_input` as score(hidden, layout, prompts), with the
+    block's input [B, N, W] and the number of prompts in the batch. It returns [B, C], not negative.
     """
-    directions = torch.nn.functional.normalize(hidden.float(), dim=-1)
-    mean = directions[:, layout.target].mean(1, keepdim=True)  # [B, 1, W]
-    return (1 + (directions[:, layout.context] @ mean.mT).squeeze(-1)) / 2
+
+    name: str
+    begin: Callable[[int], Callable[..., Tensor]]
+    of_input: bool = False
 
 
-def random_score(rows: int, tokens: int, generator: torch.Generator) -> Tensor:
-    """The baseline that the paper lacks: all tokens weigh the same, their order is random. -> [rows, tokens]"""
-    return 1 + 1e-6 * torch.rand(rows, tokens, generator=generator, dtype=torch.float64)
+INFLUENCE = Scorer("influence", lambda seed: influence)
+ATTENTION = Scorer("attention", lambda seed: lambda received, v, layout: received.sum(1))
+"""Table 3's attention alone."""
+SCORERS = {scorer.name: scorer for scorer in (INFLUENCE, ATTENTION)}

@@ -77,7 +77,7 @@ def weight_of(anchor: Anchor, reference: int) -> Tensor:
 
 
 def _part(anchor: Anchor, reference: int) -> slice:
-    place, start = anchor.layout.references[reference], anchor.layout.context.start
+    place, start = anchor.layout.references[reference], anchor.layout.reference.start
     return slice(place.start - start, place.stop - start)
 
 

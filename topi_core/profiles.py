@@ -6,7 +6,6 @@ in it is ever executed, and what does not fit is refused with the name of the fi
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import tempfile
@@ -167,37 +166,3 @@ def write(profile: Profile, path: Path) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
-
-
-PUBLISHED = {
-    "flux1-kontext": ("flux1", 57, (13, 18, 31), "FLUX.1 Kontext"),
-    "qwen-image-edit": ("qwen_image", 60, (35, 37, 42), "Qwen-Image-Edit"),
-}
-"""Name -> family, depth, layers, model: arXiv 2602.01609, appendix C.3. Both are 3072 wide and exempt 10 layers."""
-
-
-def write_published() -> None:
-    """`python -m topi_core.profiles`: the paper's layers as the files that the pack ships."""
-    for name, (family, depth, layers, model) in PUBLISHED.items():
-        source = f"arXiv 2602.01609, C.3 and 5.1: {model}, 48 image-prompt pairs, whose scores are not published"
-        profile = Profile(
-            name=name,
-            family=family,
-            depth=depth,
-            hidden=3072,
-            layers=layers,
-            front_layers=10,
-            source=source,
-            date="2026-02",
-            calibration=Calibration.of(depth),
-        )
-        write(profile, FOLDER / f"{name}{SUFFIX}")
-
-
-def main() -> None:
-    argparse.ArgumentParser(prog="python -m topi_core.profiles", description=write_published.__doc__).parse_args()
-    write_published()
-
-
-if __name__ == "__main__":
-    main()

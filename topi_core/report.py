@@ -1,4 +1,7 @@
-"""A run in figures and as a short table: what it kept, what that took, and why nothing was pruned where nothing was."""
+"""A run in figures, in a line, and as a short table: what it kept, what that took, and why nothing was saved.
+
+Log, report and page all tell the same figures of a run.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from statistics import median
 from . import cost
 from .overlay import kept_of
 from .profiles import Profile
-from .trace import SHORTER, Run
+from .trace import SHORTER, Run, Sampled
 
 NO_ROOM = "there was no room for the references' keys and values: use fewer or smaller ones, or the mode prune"
 
@@ -62,6 +65,22 @@ def figures(run: Run) -> Figures:
     )
 
 
+def summary(run: Sampled) -> str:
+    """One line for the log: what was kept, and what a full and a shorter step took."""
+    if not isinstance(run, Run):
+        return str(run)
+    if not run.anchors:
+        return f"no reference tokens were {run.verb} in {len(run.steps)} steps"
+    shares = ", ".join(f"{anchor.share:.0%}" for anchor in run.anchors)
+    tokens, f = run.anchors[0].layout.reference_tokens, figures(run)
+    text = f"kept {shares} of {tokens} reference tokens at {len(run.anchors)} anchor{'s'[: len(run.anchors) > 1]}"
+    if f.full_seconds and f.shorter_seconds:
+        text += f"; a full step took {f.full_seconds:.3f} s, a {run.verb} one {f.shorter_seconds:.3f} s"
+    if run.cache_bytes:
+        text += f"; {run.cache_bytes / 1e6:.0f} MB of keys and values were kept"
+    return text
+
+
 def _median(values: Iterable[float]) -> float | None:
     values = list(values)
     return median(values) if values else None
@@ -72,16 +91,16 @@ def why_nothing(run: Run) -> str | None:
     s, steps = run.settings, len(run.steps)
     if not steps:
         return "the sampler made no step that ToPi could take part in (the log says why)"
-    if run.context_tokens == 0:
+    if run.reference_tokens == 0:
         return "no reference reached the model: connect ReferenceLatent, or a node like it, to the conditioning"
     if not run.anchors:
         if run.no_room:
             return NO_ROOM
         if all(step.kind == "skipped" for step in run.steps):
             return "a cache skipped every step"
-        if s.first_anchor >= steps:
-            return f"too few steps: the first anchor is step {s.first_anchor}, and the run has {steps}"
-        window = f"start_percent {s.start_percent:g} and end_percent {s.end_percent:g}"
+        if s.anchors.first_anchor >= steps:
+            return f"too few steps: the first anchor is step {s.anchors.first_anchor}, and the run has {steps}"
+        window = f"start_percent {s.anchors.start_percent:g} and end_percent {s.anchors.end_percent:g}"
         return f"outside the window: no step lies between {window}"
     if not any(step.kind in SHORTER for step in run.steps):
         if run.no_room:
@@ -94,7 +113,7 @@ def why_nothing(run: Run) -> str | None:
     if s.mode == "prune" and all(anchor.share == 1 for anchor in run.anchors):
         if s.tau == 1:
             return "tau is 1, which keeps every token"
-        if s.min_keep == 1:
+        if s.keep.min_keep == 1:
             return "min_keep is 1, which keeps every token"
         return f"no token could be spared for tau {s.tau:g}"
     return None
@@ -102,22 +121,21 @@ def why_nothing(run: Run) -> str | None:
 
 def text(run: Run) -> str:
     """The short table."""
-    s = run.settings
-    pruned = "" if s.mode == "reuse" else f", pruned from {run.front_layers} on"
-    lines = [f"{run.family}, {run.depth} layers: {_scored_in(run)}{pruned}"]
-    forecast = ", forecast" * (s.mode == "reuse" and s.forecast)
-    lines.append(
-        f"mode {s.mode}{forecast}, tau {s.tau:g}, update_interval {s.update_interval} ({s.anchor_spacing}), {s.metric}"
-    )
+    s, reuse = run.settings, run.settings.mode == "reuse"
+    pruned = "" if reuse else f", pruned from {run.model.front_layers} on"
+    lines = [f"{run.model.family}, {run.model.depth} layers: {_scored_in(run)}{pruned}"]
+    how = "forecast, " * s.reuse.forecast if reuse else f"tau {s.tau:g}, "
+    metric = "" if reuse and s.keeps_all else f", {s.keep.metric.name}"
+    lines.append(f"mode {s.mode}, {how}update_interval {s.update_interval} ({s.spacing}){metric}")
     if run.found_at is not None:
         lines.append("ToPi Calibrate and ToPi Save Profile find the layers on more images, and keep them.")
     why = why_nothing(run)
     if why:
-        lines += ["", f"Nothing was {run.word}: {why}."]
+        lines += ["", f"Nothing was {run.verb}: {why}."]
     if run.anchors:
         lines += ["", *_aligned(_anchor_rows(run))]
     if run.steps:
-        lines += ["", *_aligned(_step_rows(figures(run), run.word, shorter=why is None))]
+        lines += ["", *_aligned(_step_rows(figures(run), run.verb, shorter=why is None))]
     if run.cache_bytes:
         took = f"The kept keys and values took {run.cache_bytes / 1e6:,.1f} MB, until the run's end"
         forecast = "; from the second anchor on they were forecast" * run.forecast
@@ -130,17 +148,19 @@ def text(run: Run) -> str:
 
 def _scored_in(run: Run) -> str:
     layers = ", ".join(map(str, run.layers))
-    if run.found and run.found_at is None:
+    if run.anchors and all(anchor.ranks is None for anchor in run.anchors):
+        return "nothing was scored, as every token is kept and nothing looks at scores"
+    if run.found_layers and run.found_at is None:
         return f"scored in {layers} (the middle one, as no profile fits and every token is kept)"
-    if run.found:
+    if run.found_layers:
         return f"scored in {layers} (found at step {run.found_at}, as no profile fits)"
-    if run.settings.layers:
-        return f"scored in {layers}" + f" (profile {run.settings.profile})" * bool(run.settings.profile)
+    if run.model.layers:
+        return f"scored in {layers}" + f" (profile {run.model.profile})" * bool(run.model.profile)
     return "scored nowhere yet"
 
 
 def _anchor_rows(run: Run) -> list[list[str]]:
-    """One row an anchor; with a batch, the images' kept tokens in one cell."""
+    """One row per anchor; with a batch, the images' kept tokens in one cell."""
     most = max(len(anchor.layout.reference_grids) for anchor in run.anchors)
     names = ["reference kept"] if most == 1 else [f"reference {i} kept" for i in range(most)]
     rows = [["anchor", "sigma", *names] + ["all"] * (most > 1)]
@@ -169,7 +189,7 @@ def _step_rows(f: Figures, word: str, shorter: bool) -> list[list[str]]:
         rows.append(["speed-up", f"{f.measured:.2f}x the whole run, {step:.2f}x a {word} step"])
     if shorter:
         rows.append(["predicted", f"{f.predicted:.2f}x the whole run, by the count of operations"])
-    if f.anchors:
+    if f.scoring_seconds:
         rows.append(["scoring", f"{1000 * f.scoring_seconds:.1f} ms an anchor, {f.scoring_share:.2%} of the run"])
     return rows
 

@@ -38,7 +38,7 @@ class Schedule:
         """Steps that are anchors, ascending: every `update_interval` steps from `first_anchor` on (Eq. 11).
 
         With the spacing "sigma" they are as many, but what sigma covers from one to the next is the same, as near as
-        whole steps allow: the context goes out of date by how far the picture has moved, not by how often. From the
+        whole steps allow: the references go out of date by how far the picture has moved, not by how often. From the
         last one to the end it is half of that, as no later step makes good what went wrong there.
         """
         even = range(self.first_anchor, len(self.sigmas) - 1, self.update_interval)

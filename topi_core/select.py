@@ -1,4 +1,4 @@
-"""From influence to kept tokens (Eq. 10), and from kept tokens to a shorter sequence (Eq. 12)."""
+"""From influence to kept tokens (Eq. 10)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Selection:
-    """Context tokens by descending influence, and how many of them each row keeps."""
+    """Reference tokens by descending influence, and how many of them each row keeps."""
 
     order: Tensor  # [B, C] indices
     counts: tuple[int, ...]  # B
@@ -37,7 +37,7 @@ class Selection:
 
 
 def select(influence: Tensor, tau: float, min_keep: float = 0.0, max_keep: float = 1.0) -> Selection:
-    """Smallest set of context tokens that holds the share `tau` of the influence (Eq. 10).
+    """Smallest set of reference tokens that holds the share `tau` of the influence (Eq. 10).
 
     influence [B, C], not negative. Ties keep the order of the sequence. `min_keep` and `max_keep` bound the kept
     fraction. tau = 1 keeps every token, also those without influence.
@@ -54,19 +54,3 @@ def select(influence: Tensor, tau: float, min_keep: float = 0.0, max_keep: float
     low = math.ceil(min_keep * tokens)
     high = max(low, math.floor(max_keep * tokens))
     return Selection(order, tuple(counts.clamp(low, high).tolist()))
-
-
-def realign(x: Tensor, context: slice, kept: Tensor, dim: int = 1) -> Tensor:
-    """Drops the context tokens that are not kept (Eq. 12); hidden rows, positions and masks alike.
-
-    x [B or 1, ..., N, ...] with the context at `context` of `dim`; kept [B, K] into the context, ascending
-    -> [B, ..., N - C + K, ...]; what stands before and behind the context stays.
-    """
-    rows, count = kept.shape
-    head, middle, tail = x.tensor_split((context.start, context.stop), dim)
-    if rows == 1:
-        return torch.cat((head, middle.index_select(dim, kept[0]), tail), dim)
-    head, middle, tail = (part.expand(rows, *part.shape[1:]) for part in (head, middle, tail))
-    index = kept.view(rows, *[1] * (dim - 1), count, *[1] * (x.ndim - dim - 1))
-    index = index.expand(*middle.shape[:dim], count, *middle.shape[dim + 1 :])
-    return torch.cat((head, middle.gather(dim, index), tail), dim)

@@ -1,40 +1,19 @@
-"""The record of what runs kept and took: bits, ranks of a byte, and plain numbers."""
+"""The record of what runs kept and took: a byte or two per token, and plain numbers."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from statistics import median
-from typing import Generic, Literal, TypeVar
+from typing import Generic, TypeVar
 
-import torch
 from torch import Tensor
 
-from .config import Settings
+from .config import Model, Settings
 from .layout import Layout
+from .plan import Kind
 
-Kind = Literal["skipped", "full", "pruned", "reused", "anchor"]
 SHORTER: tuple[Kind, ...] = ("pruned", "reused")
 """The steps that ToPi made shorter."""
-
-
-@dataclass(frozen=True)
-class Bits:
-    """A boolean tensor, eight to a byte."""
-
-    packed: Tensor  # uint8
-    shape: tuple[int, ...]
-
-    @classmethod
-    def of(cls, mask: Tensor) -> Bits:
-        flat = mask.detach().cpu().flatten().to(torch.uint8)
-        padded = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
-        return cls((padded << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8), tuple(mask.shape))
-
-    def unpack(self) -> Tensor:
-        bits = (self.packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-        return bits.flatten()[: torch.Size(self.shape).numel()].view(self.shape).bool()
 
 
 @dataclass(frozen=True)
@@ -57,14 +36,9 @@ class Anchor:
     sigma: float
     layout: Layout
     references: tuple[Reference, ...]
-    bits: Bits
+    kept: Tensor  # bool [images, C]
     seconds: float = 0.0
     ranks: Tensor | None = None  # uint8 [images, C]
-
-    @property
-    def kept(self) -> Tensor:
-        """[images, C], True where the context token is kept."""
-        return self.bits.unpack()
 
     @property
     def share(self) -> float:
@@ -79,8 +53,8 @@ class Step:
 
     A step is "skipped" when a cache inside of ToPi kept the network from running. `keys` are how many tokens its
     attention sees, where they are not those of the sequence: a "reused" step sees the kept ones without having them.
-    `taken` are the operations of an image in all of its calls, `full` what they are with the full context
-    (`cost.call_flops`).
+    `flops` are the operations of an image in all of its calls, `full_flops` what they are when every call computes the
+    whole sequence (`cost.call_flops`).
     """
 
     index: int
@@ -89,8 +63,8 @@ class Step:
     tokens: int = 0
     seconds: float = 0.0
     keys: int | None = None
-    taken: int = 0
-    full: int = 0
+    flops: int = 0
+    full_flops: int = 0
 
 
 @dataclass(kw_only=True)
@@ -99,81 +73,43 @@ class Sampled:
 
     finished: bool = False
     shape: tuple[int, ...] = ()
-    marks: Tensor | None = None
+    fingerprint: Tensor | None = None
 
     def finish(self, latent: Tensor) -> None:
         """Remembers a few values of what the run made."""
-        self.shape, self.marks, self.finished = tuple(latent.shape), _marks(latent), True
+        self.shape, self.fingerprint, self.finished = tuple(latent.shape), _fingerprint(latent), True
 
 
 @dataclass
 class Run(Sampled):
-    """One sampling run, filled while it goes on.
+    """One sampling run, filled while it goes on."""
 
-    A token covers `patch` x `patch` cells of a latent, a cell `cell_pixels` x `cell_pixels` pixels of its image.
-    `hidden` and `linear` are the model's width and its layers' linear operations, as `cost.layer_flops` wants them.
-    `context_tokens` are the most that a call of the network had, whether or not they were ever scored; `cache_bytes`
-    the most that its kept keys and values took, `forecast` says that these were forecast, `offloaded` that some lay in
-    host memory, and `no_room` that for some, or for all, there was no memory.
-    `found` are the layers that the run found itself, at the step `found_at`, where its settings name none; the middle
-    one, without a step, where every token is kept anyway.
-    """
-
-    family: str
+    model: Model
     settings: Settings
-    patch: int = 1
-    cell_pixels: int = 8
-    hidden: int = 0
-    linear: int = 24
-    context_tokens: int = 0
-    cache_bytes: int = 0
-    forecast: bool = False
-    offloaded: bool = False
-    no_room: bool = False
-    found: tuple[int, ...] = ()
-    found_at: int | None = None
+    patch: int = 1  # cells of a latent along one side of a token
+    cell_pixels: int = 8  # pixels of the image along one side of a cell
+    reference_tokens: int = 0  # the most that a call of the network had, whether or not they were ever scored
+    cache_bytes: int = 0  # the most that kept keys and values took
+    forecast: bool = False  # whether these were extrapolated
+    offloaded: bool = False  # whether some lay in host memory
+    no_room: bool = False  # whether for some, or for all, there was no memory
+    found_layers: tuple[int, ...] = ()  # that the run found itself, where the model's profile names none
+    found_at: int | None = None  # the step that told; None where the middle one is taken, as every token is kept
     anchors: list[Anchor] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
 
     @property
-    def depth(self) -> int:
-        return self.settings.depth
-
-    @property
-    def front_layers(self) -> int:
-        return self.settings.front_layers
-
-    @property
     def layers(self) -> tuple[int, ...]:
         """The representative layers (Eq. 5); none before the first anchor has found them."""
-        return self.settings.layers or self.found
+        return self.model.layers or self.found_layers
 
     @property
-    def word(self) -> str:
-        """What becomes of the context between anchors."""
+    def verb(self) -> str:
+        """What becomes of the references between anchors."""
         return "reused" if self.settings.mode == "reuse" else "pruned"
 
-    def seconds(self, kinds: Iterable[Kind]) -> list[float]:
-        """Times of the steps of these kinds; the run's first step is left out, it pays for loading."""
-        return [step.seconds for step in self.steps[1:] if step.kind in kinds]
 
-    def summary(self) -> str:
-        """One line for the log: what was pruned, and what a full and a pruned step took."""
-        if not self.anchors:
-            return f"no reference tokens were {self.word} in {len(self.steps)} steps"
-        shares = ", ".join(f"{anchor.share:.0%}" for anchor in self.anchors)
-        tokens = self.anchors[0].layout.context_tokens
-        text = f"kept {shares} of {tokens} reference tokens at {len(self.anchors)} anchor{'s'[: len(self.anchors) > 1]}"
-        full = self.seconds(("full", "anchor"))
-        for kind in SHORTER:
-            if full and (shorter := self.seconds((kind,))):
-                text += f"; a full step took {median(full):.3f} s, a {kind} one {median(shorter):.3f} s"
-        if self.cache_bytes:
-            text += f"; {self.cache_bytes / 1e6:.0f} MB of keys and values were kept"
-        return text
-
-
-def _marks(latent: Tensor) -> Tensor:
+def _fingerprint(latent: Tensor) -> Tensor:
     """At most 256 values, evenly spread; a run that came to nothing is known by its zeros."""
     flat = latent.detach().flatten()
     return flat[:: -(-len(flat) // 256)].float().cpu().nan_to_num()
@@ -197,13 +133,13 @@ class Trace(Generic[R]):
         finished = [run for run in self.runs if run.finished]
         if not finished:
             raise ValueError(f"this trace holds no run: sample with the model of the same {self.node} first")
-        marks = _marks(latent)
+        fingerprint = _fingerprint(latent)
         near = [
-            ((run.marks - marks).abs().max().item(), -i, run)
+            ((run.fingerprint - fingerprint).abs().max().item(), -i, run)
             for i, run in enumerate(finished)
-            if run.marks is not None and run.shape == tuple(latent.shape)
+            if run.fingerprint is not None and run.shape == tuple(latent.shape)
         ]
-        if not near or min(near)[0] > 1e-3 * (1 + marks.abs().max().item()):
+        if not near or min(near)[0] > 1e-3 * (1 + fingerprint.abs().max().item()):
             raise ValueError(
                 f"none of the {len(finished)} runs in this trace made this latent of shape {tuple(latent.shape)}: "
                 f"connect the output of the sampler that the same {self.node} feeds"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from topi_core.config import Settings
+from topi_core.config import AnchorSettings, Settings
 from topi_core.schedule import Schedule, step_of
 
 SIGMAS = (1.0, 0.9, 0.7, 0.4, 0.1, 0.0)
@@ -73,12 +73,9 @@ def test_spacing_by_sigma_covers_equal_parts_of_it_and_half_of_one(shift):
 
 
 def test_spacing_follows_the_mode_unless_it_is_given():
-    common = dict(depth=4, layers=(1,), front_layers=0)
-    assert Settings(**common).anchor_spacing == "steps"
-    assert Settings(**common, mode="reuse").anchor_spacing == "sigma"
-    assert Settings(**common, mode="reuse", spacing="steps").anchor_spacing == "steps"
-    with pytest.raises(ValueError, match="spacing must be one of auto, steps, sigma, got 'even'"):
-        Settings(**common, spacing="even")
+    by_step = AnchorSettings(spacing="steps")
+    assert [Settings(mode=mode).spacing for mode in ("prune", "reuse")] == ["steps", "sigma"]
+    assert [Settings(mode=mode, anchors=by_step).spacing for mode in ("prune", "reuse")] == ["steps", "steps"]
 
 
 def test_window():

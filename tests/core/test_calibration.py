@@ -24,7 +24,7 @@ def test_sensitivity_equals_equation_4_written_out():
         for h in range(3):
             for i in range(LAYOUT.target.start, LAYOUT.target.stop):
                 weights = [math.exp(q[b, h, i] @ k[b, h, j] / 8**0.5) for j in range(LAYOUT.tokens)]
-                expected[b] += sum(weights[LAYOUT.context]) / sum(weights)
+                expected[b] += sum(weights[LAYOUT.reference]) / sum(weights)
     torch.testing.assert_close(sensitivity_plain(q, k, LAYOUT), expected)
     share = sensitivity(attention_received(q, k, LAYOUT), LAYOUT)
     torch.testing.assert_close(share * 3 * LAYOUT.target_tokens, expected)

@@ -2,10 +2,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
-from topi_core.config import Settings
+from topi_core.config import Model, Settings
 from topi_core.cost import call_flops, layer_flops, speedup
-from topi_core.reuse import TEXT_LEFT
+from topi_core.layout import Layout
+from topi_core.plan import Cut, Plan
+from topi_core.savings.reuse import TEXT_LEFT
 from topi_core.schedule import Schedule
 from topi_core.trace import Run, Step
 
@@ -17,30 +20,49 @@ def test_layer_flops_match_table_6_of_the_paper():
     assert layer_flops(8704, 4096, linear=32) / 1e9 == pytest.approx(5914.17, abs=0.01)  # its Qwen, with an MLP of 6 d
 
 
-def run(kinds, tokens=100, kept=60, front=2, depth=10):
-    made = Run("flux1", Settings(depth=depth, layers=(3,), front_layers=front), hidden=64)
+LAYOUT = Layout(10, (5, 6), ((6, 10),))  # 100 tokens, 60 of them the reference's
+
+
+def kept(count):
+    return torch.arange(count)[None]
+
+
+def plan(kind):
+    """Pruned to 20 reference tokens from layer 2 on; reused with all of them, and two text tokens left."""
+    if kind == "pruned":
+        return Plan(kind, Cut(kept=kept(20)), first_layer=2)
+    if kind == "reused":
+        return Plan(kind, Cut(text=2, stand_in=kept(60), stand_in_text=True))
+    return Plan(kind, answer=torch.zeros(()) if kind == "skipped" else None)
+
+
+def run(kinds, depth=10):
+    made = Run(Model(family="flux1", depth=depth, hidden=64, layers=(3,), front_layers=2), Settings())
     for i, kind in enumerate(kinds):
-        short = kept if kind == "pruned" else tokens
-        flops = (0, 0) if kind == "skipped" else call_flops(made, kind, tokens, short)
-        made.steps.append(Step(i, 1.0, kind, short, 1.0, None, *flops))
+        flops = call_flops(made.model, plan(kind), LAYOUT), call_flops(made.model, Plan(), LAYOUT)
+        made.steps.append(Step(i, 1.0, kind, 0, 1.0, None, *flops))
     return made
 
 
 def test_speedup_counts_front_layers_and_anchors_in_full():
     full, pruned = layer_flops(100, 64), layer_flops(60, 64)
-    expected = 20 * full / (10 * full + 2 * full + 8 * pruned)
-    assert speedup(run(["anchor", "pruned"])) == pytest.approx(expected)
-    assert speedup(run(["anchor", "pruned", "skipped"])) == pytest.approx(expected)
+    assert speedup(run(["anchor", "pruned"])) == pytest.approx(20 * full / (10 * full + 2 * full + 8 * pruned))
     assert speedup(run(["full", "anchor"])) == 1.0
 
 
 def test_a_reused_call_sees_keys_that_it_does_not_compute():
-    taken, full = call_flops(run([]), "reused", 100, 60, 100)
-    assert (taken, full) == (10 * layer_flops(60, 64, keys=100), 10 * layer_flops(100, 64))
+    """The picture's 30 rows and two of the text, against all 100 keys."""
+    model = run([]).model
+    assert call_flops(model, plan("reused"), LAYOUT) == 10 * layer_flops(32, 64, keys=100)
+    assert layer_flops(60, 2, keys=70) == 4 * 60 * 70 * 2 + 24 * 60 * 4
+
+
+def test_an_answer_in_the_networks_place_costs_nothing():
+    assert speedup(run(["anchor", "skipped"])) == 2.0
 
 
 def test_a_run_without_anchors_saves_nothing():
-    assert speedup(Run("flux1", Settings(depth=10, layers=(3,), front_layers=2))) == 1.0
+    assert speedup(run([])) == 1.0
 
 
 MODELS = {  # layers, width, linear operations
@@ -57,14 +79,14 @@ def test_the_readmes_table_of_savings_and_memory():
     assert len(rows) == 5
     for model, references, guidance, steps, ratio, memory, forecast in rows:
         depth, hidden, linear = MODELS[model]
-        context = 4096 * ["one", "two", "three"].index(references) + 4096
-        settings = Settings(depth=depth, layers=(3,), front_layers=0, mode="reuse")
-        made = Run("flux1", settings, hidden=hidden, linear=linear)
+        count = ["one", "two", "three"].index(references) + 1
+        layout, every = Layout(512, (64, 64), ((64, 64),) * count), kept(4096 * count)
+        known = Model(family="flux1", depth=depth, hidden=hidden, linear=linear)
+        made, reused = Run(known, Settings()), Plan("reused", Cut(text=TEXT_LEFT, stand_in=every, stand_in_text=True))
         anchors = Schedule(tuple(1 - i / int(steps) for i in range(int(steps) + 1)), 5).anchors
         for i in range(int(steps)):
-            kind, tokens = ("anchor", 4608 + context) if i in anchors else ("reused", TEXT_LEFT + 4096)
-            flops = call_flops(made, kind, 4608 + context, tokens, 4608 + context)
-            made.steps.append(Step(i, 1.0, kind, tokens, 1.0, None, *flops))
-        gigabytes = 2 * depth * (512 + context) * hidden * 2 * (2 if "above" in guidance else 1) / 1e9
+            flops = (call_flops(known, one, layout) for one in (Plan() if i in anchors else reused, Plan()))
+            made.steps.append(Step(i, 1.0, "full", 0, 1.0, None, *flops))
+        gigabytes = 2 * depth * (512 + 4096 * count) * hidden * 2 * (2 if "above" in guidance else 1) / 1e9
         most = gigabytes * (2 if len(anchors) > 1 else 1)  # of a single anchor nothing is forecast
         assert [ratio, memory, forecast] == [f"{speedup(made):.2f}", f"{gigabytes:.1f}", f"{most:.1f}"]

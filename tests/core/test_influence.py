@@ -9,8 +9,6 @@ from topi_core.influence import (
     attention_received_chunked,
     attention_received_plain,
     influence,
-    random_score,
-    similarity,
     target_aware_score,
 )
 from topi_core.layout import Layout
@@ -47,19 +45,19 @@ def test_chunked_equals_plain(mask, budget):
 
 def test_influence_equals_equation_9_written_out():
     q, k, v = qkv(rows=1)
-    expected = torch.zeros(LAYOUT.context_tokens, dtype=torch.float64)
+    expected = torch.zeros(LAYOUT.reference_tokens, dtype=torch.float64)
     for h in range(3):
         for i in range(LAYOUT.target.start, LAYOUT.target.stop):
             logits = torch.stack([q[0, h, i] @ k[0, h, j] / 8**0.5 for j in range(LAYOUT.tokens)])
             attention = logits.exp() / logits.exp().sum()
-            for c, j in enumerate(range(LAYOUT.context.start, LAYOUT.context.stop)):
+            for c, j in enumerate(range(LAYOUT.reference.start, LAYOUT.reference.stop)):
                 expected[c] += v[0, h, j].norm() * attention[j]
     torch.testing.assert_close(influence(attention_received_plain(q, k, LAYOUT), v, LAYOUT)[0], expected)
 
 
 def test_target_aware_score_is_an_average_over_heads_and_target():
     q, k, _ = qkv()
-    weights = ((q[:, :, LAYOUT.target] @ k.mT) / 8**0.5).softmax(-1)[..., LAYOUT.context]
+    weights = ((q[:, :, LAYOUT.target] @ k.mT) / 8**0.5).softmax(-1)[..., LAYOUT.reference]
     score = target_aware_score(attention_received(q, k, LAYOUT), LAYOUT)
     torch.testing.assert_close(score, weights.mean((1, 2)))
     assert (score.sum(1) < 1).all()
@@ -90,23 +88,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     grown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert int(grown) * 1024 < 3 * 16 * 2**20
-
-
-def test_similarity_follows_the_direction_of_the_target():
-    hidden = torch.zeros(1, LAYOUT.tokens, 4)
-    hidden[:, LAYOUT.target, 0] = 5.0
-    hidden[:, LAYOUT.context, 1] = 1.0
-    hidden[0, LAYOUT.context.start + 2] = torch.tensor([9.0, 0, 0, 0])
-    hidden[0, LAYOUT.context.start + 3] = torch.tensor([-1.0, 0, 0, 0])
-    score = similarity(hidden, LAYOUT)[0]
-    assert score[2] == 1 and score[3] == 0 and score[4] == 0.5
-
-
-def test_random_score_leaves_the_global_generator_alone():
-    before = torch.get_rng_state()
-    score = random_score(2, 50, torch.Generator().manual_seed(3))
-    assert torch.equal(torch.get_rng_state(), before)
-    assert score.unique().numel() == 100 and (score - 1).abs().max() < 1e-5
 
 
 def test_wrong_shapes_are_named():

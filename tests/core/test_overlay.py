@@ -8,7 +8,7 @@ import torch
 from topi_core.layout import Layout
 from topi_core.overlay import FAINT, GOLD, Geometry, draw, kept_of, weight_of
 from topi_core.select import select
-from topi_core.trace import Anchor, Bits
+from topi_core.trace import Anchor
 
 
 def encoded(pixels, cell_pixels):
@@ -52,7 +52,7 @@ def test_the_aspect_ratio_is_held_to_a_cell(image, fits):
 def test_references_have_their_own_tokens():
     layout = Layout(3, (2, 2), ((2, 3), (1, 2)))
     mask = torch.arange(16).view(2, 8) % 3 == 0
-    anchor = Anchor(0, 1.0, layout, (), Bits.of(mask))
+    anchor = Anchor(0, 1.0, layout, (), mask)
     assert torch.equal(kept_of(anchor, 0), mask[:, :6])
     assert torch.equal(kept_of(anchor, 1), mask[:, 6:])
 
@@ -71,7 +71,7 @@ def test_a_kept_token_is_drawn_by_its_rank_and_a_dropped_one_not_at_all():
     layout = Layout(0, (1, 1), ((1, 4), (1, 1)))
     influence = torch.tensor([[3.0, 0.0, 9.0, 1.0, 2.0]])
     selection = select(influence, tau=0.9)
-    anchor = Anchor(0, 1.0, layout, (), Bits.of(selection.mask()), ranks=selection.ranks())
+    anchor = Anchor(0, 1.0, layout, (), selection.mask(), ranks=selection.ranks())
     assert anchor.ranks.tolist() == [[191, 0, 255, 64, 128]]
     torch.testing.assert_close(weight_of(anchor, 0)[0], torch.tensor([FAINT + (1 - FAINT) * 191 / 255, 0, 1, 0]))
     assert weight_of(replace(anchor, ranks=None), 0).tolist() == [[1, 0, 1, 0]]

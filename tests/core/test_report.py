@@ -4,23 +4,24 @@ import pytest
 import torch
 
 from topi_core.calibration import Calibration
-from topi_core.config import Settings
+from topi_core.config import AnchorSettings, KeepSettings, Model, Settings
 from topi_core.layout import Layout
 from topi_core.profiles import Profile
-from topi_core.report import describe, figures, text, why_nothing
-from topi_core.trace import Anchor, Bits, Run, Step
+from topi_core.report import describe, figures, summary, text, why_nothing
+from topi_core.trace import Anchor, Run, Step
 
 
-def run(kinds, kept=(3, 1), tau=0.85, references=((2, 2),), **settings):
-    """A run whose anchors keep these numbers of the 4 tokens, one a picture; the first step pays for loading."""
-    depth, layout = 8, Layout(2, (2, 2), references)
-    chosen = Settings(**dict(depth=depth, layers=(3,), front_layers=2, tau=tau) | settings)
-    made = Run("flux1", chosen, hidden=64, context_tokens=layout.context_tokens)
+def run(kinds, kept=(3, 1), references=((2, 2),), layers=(3,), profile="", mode="prune", anchors=None, **keep):
+    """A run whose anchors keep these numbers of the 4 tokens, one per picture; the first step pays for loading."""
+    layout = Layout(2, (2, 2), references)
+    model = Model(family="flux1", depth=8, hidden=64, layers=layers, front_layers=2, profile=profile)
+    chosen = Settings(mode=mode, anchors=AnchorSettings(**anchors or {}), keep=KeepSettings(**keep))
+    made = Run(model, chosen, reference_tokens=layout.reference_tokens)
     seconds = {"full": 2.0, "anchor": 2.1, "pruned": 1.0, "skipped": 0.01}
     for i, kind in enumerate(kinds):
         if kind == "anchor":
-            mask = torch.arange(layout.context_tokens).expand(len(kept), -1) < torch.tensor(kept)[:, None]
-            made.anchors.append(Anchor(i, 1 - i / 10, layout, (), Bits.of(mask), seconds=0.1))
+            mask = torch.arange(layout.reference_tokens).expand(len(kept), -1) < torch.tensor(kept)[:, None]
+            made.anchors.append(Anchor(i, 1 - i / 10, layout, (), mask, seconds=0.1, ranks=mask.byte()))
         made.steps.append(Step(i, 1 - i / 10, kind, layout.tokens, seconds[kind] + 5 * (i == 0)))
     return made
 
@@ -61,10 +62,10 @@ def test_a_batch_is_counted_by_image():
     (run(["anchor", "pruned"]), None),
     (run([]), "the sampler made no step that ToPi could take part in (the log says why)"),
     (run(["full"] * 3, references=()), "no reference reached the model"),
-    (run(["full"] * 4, first_anchor=6), "the first anchor is step 6, and the run has 4"),
-    (run(["full"] * 4, start_percent=0.99), "no step lies between start_percent 0.99 and end_percent 1"),
+    (run(["full"] * 4, anchors={"first_anchor": 6}), "the first anchor is step 6, and the run has 4"),
+    (run(["full"] * 4, anchors={"start_percent": 0.99}), "no step lies between start_percent 0.99 and end_percent 1"),
     (run(["anchor"]), "too few steps: of 1, none is left"),
-    (run(["anchor"] * 3, update_interval=1), "every step is an anchor"),
+    (run(["anchor"] * 3, anchors={"update_interval": 1}), "every step is an anchor"),
     (run(["anchor", "pruned"], kept=(4,), tau=1.0), "tau is 1"),
     (run(["anchor", "pruned"], kept=(4,), min_keep=1.0), "min_keep is 1"),
     (run(["skipped"] * 2), "a cache skipped every step"),
@@ -79,12 +80,36 @@ def test_why_nothing_was_pruned(made, why):
 def test_the_report_says_where_the_layers_come_from():
     assert "scored in 3 (profile kontext), pruned from 2 on" in text(run(["anchor", "pruned"], profile="kontext"))
     made = run(["anchor", "pruned"], layers=())
-    made.found, made.found_at = (1, 5), 0
+    made.found_layers, made.found_at = (1, 5), 0
     said = text(made).splitlines()
     assert "scored in 1, 5 (found at step 0, as no profile fits), pruned from 2 on" in said[0]
     assert "ToPi Calibrate" in said[2]
-    made.found, made.found_at = (1,), None
+    made.found_layers, made.found_at = (1,), None
     assert "scored in 1 (the middle one, as no profile fits and every token is kept)" in text(made)
+
+
+def test_where_nothing_was_scored_the_report_says_so():
+    made = run(["anchor", "pruned"], mode="reuse", kept=(4,))
+    made.anchors = [Anchor(0, 1.0, a.layout, (), a.kept) for a in made.anchors]
+    lines = text(made).splitlines()
+    assert lines[0] == "flux1, 8 layers: nothing was scored, as every token is kept and nothing looks at scores"
+    assert lines[1] == "mode reuse, forecast, update_interval 5 (sigma)"
+    assert "scoring" not in "".join(lines[2:])
+
+
+def test_log_and_report_tell_the_same_figures():
+    """A full step is counted without the scoring in both."""
+    made = run(["full", "anchor", "pruned", "anchor", "pruned"])
+    f = figures(made)
+    assert f"a full step took {f.full_seconds:.3f} s, a pruned one {f.shorter_seconds:.3f} s" in summary(made)
+    assert f"{f.full_seconds:.3f} s" in text(made) and f.full_seconds == pytest.approx(2.0)
+
+
+def test_the_log_line():
+    assert summary(run([])) == "no reference tokens were pruned in 0 steps"
+    assert summary(run(["anchor", "pruned", "anchor", "pruned"], kept=(1,))) == (
+        "kept 25%, 25% of 4 reference tokens at 2 anchors; a full step took 2.000 s, a pruned one 1.000 s"
+    )
 
 
 def test_a_profile_in_words():

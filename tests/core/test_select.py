@@ -3,7 +3,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from topi_core.select import realign, select
+from topi_core.select import select
 
 
 def smallest_subset(influence, tau):
@@ -50,30 +50,3 @@ def test_bounds():
 
 def test_no_number_keeps_everything():
     assert select(torch.tensor([[1.0, float("nan"), 2]]), 0.5).counts == (3,)
-
-
-def test_realign_gathers_rows_positions_and_masks():
-    kept, context = torch.tensor([[0, 2], [1, 3]]), slice(2, 6)
-    x = torch.arange(2 * 6 * 3).view(2, 6, 3)
-    short = realign(x, context, kept)
-    assert torch.equal(short[0], x[0, [0, 1, 2, 4]]) and torch.equal(short[1], x[1, [0, 1, 3, 5]])
-    pe = torch.arange(6 * 4).view(1, 1, 6, 2, 2)  # one for all rows
-    short = realign(pe, context, kept, 2)
-    assert torch.equal(short[1, 0], pe[0, 0, [0, 1, 3, 5]])
-    square = torch.arange(36).view(1, 1, 6, 6)
-    both = realign(realign(square, context, kept, 2), context, kept, 3)
-    assert torch.equal(both[0, 0], square[0, 0][[0, 1, 2, 4]][:, [0, 1, 2, 4]])
-
-
-@pytest.mark.parametrize("kept", [[[0, 2]], [[1, 2], [0, 3]], [[]], [[], []]], ids=str)
-@pytest.mark.parametrize("start", [0, 2, 4])
-def test_realign_keeps_what_stands_around_the_context(start, kept):
-    """Against boolean masks: the context at the front, in the middle and at the end, from all of it to nothing."""
-    x, kept = torch.rand(len(kept), 8, 3), torch.tensor(kept, dtype=torch.long)
-    stays = torch.ones(len(x), 8, dtype=torch.bool)
-    stays[:, start : start + 4] = False
-    stays.scatter_(1, start + kept, True)
-    short = realign(x, slice(start, start + 4), kept)
-    assert torch.equal(short, x[stays].view(len(x), 4 + kept.shape[1], 3))
-    wide = realign(x[:, None, :, :], slice(start, start + 4), kept, 2)
-    assert torch.equal(wide[:, 0], short)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import folder_paths
 
-from ..topi_core import profiles
-from ..topi_core.profiles import SUFFIX, Profile
+from ...topi_core import profiles
+from ...topi_core.profiles import SUFFIX, Profile
 
 FOLDER = "topi"
 PLAIN = re.compile(r"[\w%+()-][\w%+() .-]{0,99}")

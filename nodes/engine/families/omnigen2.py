@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .family import Block, Family
+from .family import REACHED_FROM_OUTSIDE, Block, Family
 
 OMNIGEN2 = Family(
     name="omnigen2",
@@ -15,5 +15,6 @@ OMNIGEN2 = Family(
     linear=30,  # 5.3 for the projections with 7 of 21 key heads, 24.4 for the gated MLP 4.06 d wide
     order=("text", "references", "target"),
     pe_dim=1,
-    arguments={"hidden_states": "img", "image_rotary_emb": "pe", "attention_mask": "attn_mask"},
+    hooked={"hidden_states": "img", "image_rotary_emb": "pe", "attention_mask": "attn_mask"},
+    **REACHED_FROM_OUTSIDE,
 )

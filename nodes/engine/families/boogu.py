@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .family import Block, Family
+from .family import REACHED_FROM_OUTSIDE, Block, Family
 
 
 def _blocks(network: nn.Module) -> list[Block]:
@@ -32,7 +32,7 @@ BOOGU = Family(
     linear=31,  # 32 single blocks of 29 (key heads 7 of 28, gated MLP 4.04 d wide), 8 double blocks of 36
     order=("text", "references", "target"),
     pe_dim=1,
-    arguments={
+    hooked={
         "img_hidden_states": "img",
         "instruct_hidden_states": "txt",
         "joint_rotary_emb": "pe",
@@ -42,4 +42,5 @@ BOOGU = Family(
         "image_rotary_emb": "pe",
         "attention_mask": "attn_mask",
     },
+    **REACHED_FROM_OUTSIDE,
 )

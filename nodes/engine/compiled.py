@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 CUDA_GRAPHS = "reduce-overhead", "max-autotune"
 """Modes of torch.compile that record them."""
 INNER = "topi_attention"
-"""In transformer_options: what the attention of a compiled block is to call."""
+"""In transformer_options: the override that the attention of a compiled block is to call, or None."""
 
 
 @dataclass
@@ -106,18 +106,10 @@ class Backend:
         return torch._inductor.compile(graph, inputs, options=options)
 
 
-def apart(args: dict) -> dict:
-    """A block's arguments, for a compiled block: its attention, and what others do with that, is left to Python."""
-    options = args["transformer_options"]
-    inner = options.get("optimized_attention_override")
-
-    def run(function, *rest, **kwargs):
-        return function(*rest, **kwargs) if inner is None else inner(function, *rest, **kwargs)
-
-    return args | {"transformer_options": options | {"optimized_attention_override": attention, INNER: run}}
-
-
 @torch.compiler.disable
-def attention(function: Callable, *rest, **kwargs) -> Tensor:
-    """The one override that compiled code sees, so that its guards hold whatever a call does."""
-    return kwargs["transformer_options"][INNER](function, *rest, **kwargs)
+def isolated_attention(function: Callable, *rest, **kwargs) -> Tensor:
+    """The one override that compiled code sees: it leaves the attention to Python, and its guards hold whatever a call
+    does.
+    """
+    inner = kwargs["transformer_options"][INNER]
+    return function(*rest, **kwargs) if inner is None else inner(function, *rest, **kwargs)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from .family import Block, Family
+from .family import REACHED_FROM_OUTSIDE, Block, Family
 
 
 def _references(network: nn.Module, given: Mapping) -> list[Tensor]:
@@ -26,5 +26,6 @@ KREA2 = Family(
     linear=23,  # 7 for the projections with 12 of 48 key heads and the gate, 16 for the gated MLP 8/3 d wide
     patch=lambda network: network.patch,  # and frames are rows of the batch
     references=_references,
-    arguments={"x": "img", "freqs": "pe", "mask": "attn_mask"},
+    hooked={"x": "img", "freqs": "pe", "mask": "attn_mask"},
+    **REACHED_FROM_OUTSIDE,
 )

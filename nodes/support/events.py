@@ -14,8 +14,8 @@ from PIL import Image
 from server import PromptServer
 from torch import Tensor
 
-from ..topi_core.overlay import Geometry, draw, weight_of
-from ..topi_core.trace import Anchor, Run
+from ...topi_core.overlay import Geometry, draw, weight_of
+from ...topi_core.trace import Anchor, Run
 
 EVENT = "topi.anchor"
 SETTING = "topi.live"
@@ -43,6 +43,16 @@ def announce(node_id: str, run: Run, anchor: Anchor) -> None:
         log.warning("ToPi: the live view failed; sampling goes on", exc_info=True)
 
 
+def watched() -> bool:
+    """Whether anybody will look at a run's scores: a page, or a ToPi Mask Preview in a prompt that is running."""
+    server = getattr(PromptServer, "instance", None)
+    if server is None:  # no prompt, so nobody knows what comes after
+        return True
+    running, _ = server.prompt_queue.get_current_queue()
+    nodes = (node for _, _, prompt, *_ in running for node in prompt.values())
+    return _watched(server) or any(node.get("class_type") == "ToPiMaskPreview" for node in nodes)
+
+
 def _watched(server: PromptServer) -> bool:
     """Whether a browser is there to show it, and its user wants it; of several users, each page decides itself."""
     present = server.client_id in server.sockets if server.client_id is not None else bool(server.sockets)
@@ -56,7 +66,7 @@ def message(node_id: str, run: Run, anchor: Anchor) -> dict:
         "step": anchor.step,
         "sigma": round(anchor.sigma, 4),
         "share": anchor.share,
-        "tokens": anchor.layout.context_tokens,
+        "tokens": anchor.layout.reference_tokens,
         "pictures": [_png(_overlay(run, anchor, i)) for i in range(len(anchor.references))],
     }
 

@@ -1,0 +1,1 @@
+"""What ToPi is compared with, on its own interface."""

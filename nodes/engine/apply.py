@@ -1,0 +1,185 @@
+"""Carries a plan out: what the blocks of a network and their attentions get in one call. It knows no saving.
+
+Where ComfyUI lets a block be replaced, this is by block replacements, and those that were there before are called by
+ours. Networks without them are reached by torch's hooks on their blocks, removed when the call ends. Attentions are
+reached by ComfyUI's override, of which there is one for the whole call.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import cache, partial
+from typing import Any
+
+from comfy.patcher_extension import WrapperExecutor
+from torch import Tensor, nn
+
+from ...topi_core.plan import Attention, Call, Plan
+from .compiled import INNER, Compiled, isolated_attention
+from .families.family import Arguments, Block
+
+POSITIONS, MASKS = ("pe", "image_pe"), ("attn_mask",)
+"""Arguments of a block that run over its tokens, beside the hidden states "img" and "txt".
+
+Whatever the family, arguments have these names, as in ComfyUI's replacements; image_pe are positions of the image
+tokens alone, where a block has both.
+"""
+
+
+def carry_out(
+    plan: Plan,
+    call: Call,
+    executor: WrapperExecutor,
+    given: Arguments,
+    blocks: Sequence[Block],
+    compiled: Compiled | None = None,
+) -> Tensor:
+    """Calls the network so that it computes what the plan says."""
+    if plan.answer is not None:
+        return plan.answer
+    carrier = Carrier(plan, call, blocks, given.family.pe_dim, given.options)
+    options = dict(given.options)
+    if plan.attention:
+        options["optimized_attention_override"] = carrier.attend
+    with ExitStack() as until:
+        if compiled:
+            compiled.enter(blocks, until)
+            inner = options.get("optimized_attention_override")
+            options |= {"optimized_attention_override": isolated_attention, INNER: inner}
+        if given.family.hooked is not None:
+            carrier.hook(given.family.hooked, until)
+        else:
+            options["patches_replace"] = carrier.replacements(given.options.get("patches_replace", {}))
+        args, kwargs = given.with_options(options)
+        return executor(*args, **kwargs)
+
+
+class Carrier:
+    """Stands before and behind the blocks of one call, and before their attentions."""
+
+    def __init__(self, plan: Plan, call: Call, blocks: Sequence[Block], pe_dim: int, options: dict[str, Any]):
+        self.plan, self.call, self.blocks, self.pe_dim = plan, call, blocks, pe_dim
+        self.previous: Callable | None = options.get("optimized_attention_override")
+        self.layer: int | None = None  # that runs now
+        self.attentions = 0  # of it, so far
+        self.shortened: dict[int, tuple[Tensor, Tensor]] = {}  # positions and masks, by the id of what was given
+
+    @property
+    def wanted(self) -> list[int]:
+        """Layers that the plan has to do with; the first one tells that the network really runs."""
+        plan, depth = self.plan, len(self.blocks)
+        if plan.cut is not None:
+            some = {*range(plan.first_layer, depth), *plan.attention, *plan.inputs}
+        else:
+            some = {*plan.attention, *plan.inputs}
+        return sorted(some | {0} | ({depth - 1} if plan.output else set()))
+
+    def enter(self, layer: int, args: dict[str, Any]) -> dict[str, Any]:
+        """What a block gets in place of these arguments, which stay as they are."""
+        plan, call, block = self.plan, self.call, self.blocks[layer]
+        if layer == 0:
+            call.computed = True
+            if "txt" in args:  # patches after the input may have put tokens before the prompt's, as USO's style does
+                call.layout = call.layout.with_text(args["txt"].shape[1])
+        for see in plan.inputs.get(layer, ()):
+            see(layer, args["img"], block.layout(call.layout))
+        if plan.cut is not None and layer >= plan.first_layer:
+            args = self._shorter(args, block)
+        self.layer, self.attentions = layer, 0
+        return args
+
+    def leave(self, layer: int, hidden: Tensor) -> Tensor:
+        """What goes on behind a block."""
+        self.layer = None
+        if layer == len(self.blocks) - 1:
+            for change in self.plan.output:
+                hidden = change(hidden, self.blocks[layer].layout(self.call.layout))
+        return hidden
+
+    def attend(self, function: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, *rest, **kwargs) -> Tensor:
+        """ComfyUI's `optimized_attention_override`. What would have run, another pack's or ComfyUI's own, is called."""
+        run = function if self.previous is None else partial(self.previous, function)
+        handlers = () if self.layer is None else self.plan.attention.get(self.layer, ())
+        if not handlers:
+            return run(q, k, v, heads, *rest, **kwargs)
+        assert self.layer is not None
+        mask = rest[0] if rest else kwargs.get("mask")
+        site = self.layer, self.attentions
+        self.attentions += 1
+        seen = Attention(site, q, k, v, heads, mask, splits_later=not kwargs.get("skip_reshape"))
+        for handle in handlers:
+            handle(seen)
+        if seen.mask is not mask:
+            if rest:
+                rest = (seen.mask, *rest[1:])
+            else:
+                kwargs["mask"] = seen.mask
+        return run(seen.q, seen.k, seen.v, heads, *rest, **kwargs)
+
+    def replacements(self, others: Mapping[str, Any]) -> dict[str, Any]:
+        """`patches_replace` with ours for the wanted blocks, around those of others."""
+        dit = dict(others.get("dit", {}))
+        for layer in self.wanted:
+            name = self.blocks[layer].name
+            dit[name] = partial(self._replacement, layer, dit.get(name))
+        return {**others, "dit": dit}
+
+    def _replacement(self, layer: int, previous: Callable | None, args: dict, extra: dict) -> dict:
+        args = self.enter(layer, args)
+        out = extra["original_block"](args) if previous is None else previous(args, extra)
+        hidden = self.leave(layer, out["img"])
+        return out if hidden is out["img"] else {**out, "img": hidden}
+
+    def hook(self, names: Mapping[str, str], until: ExitStack) -> None:
+        """The same by hooks; names: a block's own parameters -> the common ones."""
+        for layer in self.wanted:
+            module = self.blocks[layer].module
+            before = partial(self._before, layer, names)
+            until.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
+        last = len(self.blocks) - 1
+        until.enter_context(self.blocks[last].module.register_forward_hook(partial(self._behind, last)))
+
+    def _before(self, layer: int, names: Mapping[str, str], module: nn.Module, args: tuple, kwargs: dict) -> tuple:
+        """torch's forward pre-hook."""
+        bound = _signature(type(module)).bind(module, *args, **kwargs)
+        common = {names.get(name, name): value for name, value in bound.arguments.items()}
+        common = self.enter(layer, common)
+        for name in list(bound.arguments)[1:]:
+            bound.arguments[name] = common[names.get(name, name)]
+        return bound.args[1:], bound.kwargs
+
+    def _behind(self, layer: int, module: nn.Module, args: tuple, out: Tensor) -> Tensor:
+        """torch's forward hook."""
+        return self.leave(layer, out)
+
+    def _shorter(self, args: dict[str, Any], block: Block) -> dict[str, Any]:
+        """Hidden rows shortened once, positions and mask at every block (Eq. 12)."""
+        cut, layout = self.plan.cut, block.layout(self.call.layout)
+        assert cut is not None
+        changed, img, txt = dict(args), args["img"], args.get("txt")
+        if img.shape[1] != cut.tokens(layout):
+            if img.shape[1] != layout.tokens:
+                raise RuntimeError(self.call.unexpected(img.shape[1]))
+            changed["img"] = cut.gather(img, layout)
+        if txt is not None and cut.text is not None and txt.shape[1] > cut.text:
+            changed["txt"] = txt[:, : cut.text]
+        for names, dims in ((POSITIONS, (self.pe_dim,)), (MASKS, (-2, -1))):
+            for name in names:
+                if args.get(name) is not None:
+                    changed[name] = self._once(args[name], dims)
+        return changed
+
+    def _once(self, x: Tensor, dims: tuple[int, ...]) -> Tensor:
+        """x shortened, for all blocks of the call that get it."""
+        if id(x) not in self.shortened:
+            assert self.plan.cut is not None
+            short = self.plan.cut.shorten(x, self.call.layout, dims)
+            self.shortened[id(x)] = x, short  # x is kept alive, or its id could be another tensor's
+        return self.shortened[id(x)][1]
+
+
+@cache
+def _signature(of: type[nn.Module]) -> inspect.Signature:
+    return inspect.signature(of.forward)

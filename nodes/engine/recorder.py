@@ -1,0 +1,46 @@
+"""Writes a run down, step by step."""
+
+from __future__ import annotations
+
+import time
+from typing import get_args
+
+from ...topi_core.cost import call_flops
+from ...topi_core.plan import Call, Kind, Plan
+from ...topi_core.trace import Run, Step
+
+
+class Recorder:
+    def __init__(self, run: Run):
+        self.run = run
+        self.open: Step | None = None  # from its first call to the first call of another one
+        self.started = 0.0
+
+    def begin(self, index: int, sigma: float) -> None:
+        """A call of this step: a new one, or one that the sampler comes back to after it has looked ahead (heunpp2)."""
+        if self.open is not None and self.open.index == index:
+            return
+        self.close()
+        steps = self.run.steps
+        self.open = next((step for step in steps[-2:] if step.index == index), None) or Step(index, sigma)
+        self.run.steps = [*(step for step in steps if step is not self.open), self.open]
+        self.started = time.perf_counter() - self.open.seconds
+
+    def add(self, plan: Plan, call: Call) -> None:
+        """Adds one call to the open step."""
+        step, layout, model = self.open, call.layout, self.run.model
+        assert step is not None
+        ran = call.computed or plan.answer is not None
+        kind: Kind = plan.kind if ran else "skipped"
+        if ran:
+            step.flops += len(call.conds) * call_flops(model, plan, layout)
+            step.full_flops += len(call.conds) * call_flops(model, Plan(), layout)
+        step.kind = max(step.kind, kind, key=get_args(Kind).index)
+        step.tokens = max(step.tokens, plan.cut.tokens(layout) if plan.cut else layout.tokens)
+        if plan.cut is not None and plan.cut.stand_in is not None:
+            step.keys = max(step.keys or 0, plan.cut.key_tokens(layout))
+
+    def close(self) -> None:
+        if self.open is not None:
+            self.open.seconds = time.perf_counter() - self.started
+            self.open = None

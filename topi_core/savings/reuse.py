@@ -1,0 +1,122 @@
+"""Reuse: between anchors, the references' and the text's keys and values of the last anchor stand in for them.
+
+An anchor keeps the keys (after RoPE) and values of every attention. Until the next one the sequence is the picture
+alone, and each attention sees what was kept behind its own, extrapolated through the last two anchors (`kv`).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..config import ReuseSettings
+from ..kv import KVCache, KVStore, extend, extend_mask, not_reached
+from ..plan import Attention, Call, CondKey, Cut, Plan, Saving
+from ..references import References, ReferenceSet
+from ..trace import Run
+
+TEXT_LEFT = 2
+"""Tokens of a reused text that stay in the sequence, though nothing looks at them.
+
+torch compiles lengths of 0 and 1 apart from all others, and some kernels take no empty input.
+"""
+
+
+class Reuse(Saving):
+    def __init__(self, run: Run, references: References, settings: ReuseSettings, key_heads: int | None = None):
+        self.run = run
+        self.references = references
+        self.text = settings.reuse_text
+        self.store = KVStore(settings.forecast, key_heads)
+        self.cuts: dict[tuple, Cut] = {}  # until the next anchor
+
+    def observe(self, plan: Plan, call: Call) -> bool:
+        assert call.memory is not None
+        text = call.layout.text_tokens if self.text and call.text_leaves else 0
+        size = call.images * call.memory.size(text + call.layout.reference_tokens)
+        caches = self.store.open(call.conds, call.step, call.sigma, size, call.memory.where)
+        self.run.offloaded = self.store.offloaded
+        if not caches:
+            self.run.no_room = True
+            return False
+        plan.notes[self] = caches
+        plan.on_attention(partial(_keep, call, caches, self.text and call.text_leaves), range(self.run.model.depth))
+        return True
+
+    def apply(self, plan: Plan, call: Call) -> bool:
+        """A prompt without a cache, or whose cache holds another number of tokens than those it shares the call with,
+        gets a new one.
+        """
+        if not call.sets:
+            return True
+        self.references.settle()
+        found = [self._shrunk(cond, of) for cond, of in zip(call.conds, call.sets, strict=True)]
+        caches = [cache for cache in found if cache is not None]
+        if len(caches) < len(found) or len({cache.reference_tokens for cache in caches}) > 1:
+            return False
+        texts = {cache.text for cache in caches}
+        with_text = self.text and call.text_leaves and len(texts) == 1 and texts != {0}
+        plan.kind, plan.cut = "reused", self._cut(caches, with_text, call)
+        plan.on_attention(partial(_reuse, call, caches, plan.cut), range(self.run.model.depth))
+        return True
+
+    def commit(self, plan: Plan, call: Call, output: Tensor) -> None:
+        if plan.kind != "anchor":
+            return
+        self.cuts.clear()
+        for cond, cache in zip(call.conds, plan.notes[self], strict=True):
+            missing = cache.missing(self.run.model.depth)
+            if missing and not cond.replaced:
+                raise RuntimeError(not_reached(missing[0]))
+        self.run.cache_bytes = max(self.run.cache_bytes, self.store.nbytes)
+        self.run.forecast |= self.store.extrapolating
+
+    def free(self) -> bool:
+        given_up = self.store.give_up()
+        self.run.no_room |= given_up
+        return given_up
+
+    def release(self) -> None:
+        self.store.clear()
+
+    def _shrunk(self, cond: CondKey, of: ReferenceSet) -> KVCache | None:
+        """The prompt's cache with the kept tokens only; as many for all prompts of its size: they may share a call."""
+        cache = self.store.get(cond)
+        if cache is not None and cache.kept is None and of.selection is not None:
+            alike = [s.selection for s in self.references.sets if s.selection is not None and s.fits(of.layout)]
+            cache.shrink(of.selection.kept(max(count for selection in alike for count in selection.counts)))
+        return cache
+
+    def _cut(self, caches: list[KVCache], with_text: bool, call: Call) -> Cut:
+        key = (with_text, *map(id, caches))
+        if key not in self.cuts:
+            every = torch.arange(caches[0].reference_tokens)[None]
+            kept = [every if cache.kept is None else cache.kept for cache in caches]
+            stand_in = torch.cat(kept) if any(cache.kept is not None for cache in caches) else every
+            text = TEXT_LEFT if with_text else None
+            self.cuts[key] = Cut(text=text, stand_in=stand_in.to(call.device), stand_in_text=with_text)
+        return self.cuts[key]
+
+
+def _keep(call: Call, caches: list[KVCache], with_text: bool, seen: Attention) -> None:
+    """Keeps an attention's keys and values of the references, and perhaps of the text, for each prompt of the call."""
+    layout = call.layout.of(seen.k.shape[-2])
+    if layout is None:
+        raise RuntimeError(call.unexpected(seen.k.shape[-2]))
+    parts = (layout.text, layout.reference) if with_text else (layout.reference,)
+    for cache, k, v in zip(caches, seen.k.chunk(len(caches)), seen.v.chunk(len(caches)), strict=True):
+        cache.put(seen.site, k, v, *parts)
+
+
+def _reuse(call: Call, caches: list[KVCache], cut: Cut, seen: Attention) -> None:
+    """Shows an attention the kept keys and values behind its own, and in place of those of text that left."""
+    pairs = [cache.read(seen.site, seen.k.device, call.sigma, cut.stand_in_text) for cache in caches]
+    keys, values = zip(*pairs, strict=True)
+    tokens = seen.k.shape[-2]
+    own = cut.own_keys(call.layout, tokens)
+    if seen.mask is not None:
+        seen.mask = extend_mask(seen.mask, tokens, own, keys[0].shape[-2])
+    seen.k = extend(seen.k[..., own, :], keys)
+    seen.v = extend(seen.v[..., own, :], values)
