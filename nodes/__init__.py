@@ -11,6 +11,7 @@ from .mask_preview import ToPiMaskPreview
 from .patch import ToPiPatch
 from .report import ToPiReport
 from .save_profile import ToPiSaveProfile
+from .settings import ToPiSettings
 
 
 class ToPiExtension(ComfyExtension):
@@ -20,6 +21,7 @@ class ToPiExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             ToPiPatch,
+            ToPiSettings,
             ToPiMaskPreview,
             ToPiReport,
             ToPiCompare,

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-from typing import get_args
+from dataclasses import replace
 
 from comfy_api.latest import io
 
-from ..topi_core.config import MODES, SPACINGS, Settings, parse_layers
-from ..topi_core.influence import Metric
-from ..topi_core.profiles import default_front_layers
+from ..topi_core import config
+from ..topi_core.profiles import Profile, default_front_layers
+from ..topi_core.settings import OWN_INTERVAL, LayerSettings, Settings
 from ..topi_core.trace import Trace
 from . import profile_files
 from .attach import Patch, attach
 from .events import announcer
 from .families import family_of
+from .settings import SettingsType
 
 TraceType = io.Custom("TOPI_TRACE")
 log = logging.getLogger(__name__)
@@ -36,78 +37,28 @@ class ToPiPatch(io.ComfyNode):
                     tooltip="A model that edits by references, from its loader or LoRA: FLUX.1 Kontext, FLUX.2, "
                     "Qwen-Image-Edit, Mage-Flow, JoyImage, Krea 2, OmniGen2 or Boogu.",
                 ),
-                io.Float.Input(
-                    "tau", default=1.0, min=0.0, max=1.0, step=0.01,
-                    tooltip="Share of the references' influence that is kept. With reuse keep 1, all tokens: fewer "
-                    "cost fidelity and save little. With prune lower is faster, 0.85 is a good start, and 1 gives the "
-                    "unpatched image, bit for bit.",
-                ),
-                io.Int.Input(
-                    "update_interval", default=5, min=1, max=1000,
-                    tooltip="Steps from one anchor to the next, on average; at an anchor everything is computed. 5 in "
-                    "20 steps are four anchors. Higher is faster, lower is nearer to the unpatched image. With prune "
-                    "they are evenly spaced, with reuse they stand where the noise level falls most: see spacing.",
-                ),
                 io.Combo.Input(
-                    "mode", options=list(MODES), default="reuse",
+                    "mode", options=list(config.MODES), default="reuse",
                     tooltip="reuse: between anchors no reference token is computed, the picture sees their keys and "
                     "values of the anchor; it takes memory, and on the demo model it is faster and closer to the "
-                    "unpatched image. prune: dropped tokens leave the sequence until the next anchor, as in the paper.",
-                ),
-                io.Combo.Input(
-                    "profile", options=["auto", *profile_files.names()], default="auto",
-                    tooltip="Which layers tell what the model looks at: a shipped profile, or one of yours in "
-                    "models/topi or output/topi. auto picks by what the model is; where none fits and tau is "
-                    "below 1, the first anchor scores all layers and finds out.",
-                ),
-                io.String.Input(
-                    "layers", default="", advanced=True,
-                    tooltip='Representative layers, e.g. "13,18,31", in the whole stack. Empty: the profile\'s.',
+                    "unpatched image. prune: the paper's method with its settings; dropped tokens leave the sequence "
+                    "until the next anchor.",
                 ),
                 io.Int.Input(
-                    "front_layers", default=-1, min=-1, max=200, advanced=True,
-                    tooltip="For prune: the first layers that always see every token. -1: the profile's.",
-                ),
-                io.Int.Input(
-                    "first_anchor", default=0, min=0, max=1000, advanced=True,
-                    tooltip="The first anchor step; the steps before it run in full.",
-                ),
-                io.Float.Input(
-                    "start_percent", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True,
-                    tooltip="Prune or reuse only from this part of the schedule on.",
+                    "update_interval", default=0, min=0, max=1000,
+                    tooltip="Steps from one anchor to the next, on average; at an anchor everything is computed. 0: "
+                    "the mode's own, 10 for prune and 5 for reuse. Higher is faster, lower is nearer to the unpatched "
+                    "image. With prune they are evenly spaced, with reuse they stand where the noise level falls "
+                    "most: see spacing of ToPi Settings.",
                 ),
                 io.Float.Input(
-                    "end_percent", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True,
-                    tooltip="Prune or reuse only up to this part of the schedule.",
+                    "tau", default=0.85, min=0.0, max=1.0, step=0.01,
+                    tooltip="For prune: share of the references' influence that is kept. Lower is faster, and 1 gives "
+                    "the unpatched image, bit for bit. Reuse keeps every token, whatever stands here.",
                 ),
-                io.Float.Input(
-                    "min_keep", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True,
-                    tooltip="Keep at least this fraction of the tokens. Equal to max_keep: a fixed ratio.",
-                ),
-                io.Float.Input(
-                    "max_keep", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True,
-                    tooltip="Keep at most this fraction of the tokens.",
-                ),
-                io.Combo.Input(
-                    "metric", options=list(get_args(Metric)), default="influence", advanced=True,
-                    tooltip="What a token is scored by. influence: the paper's score; attention, similarity: what its "
-                    "ablations compare it with; random: a baseline of ours. It matters where tokens are dropped.",
-                ),
-                io.Combo.Input(
-                    "spacing", options=list(SPACINGS), default="auto", advanced=True,
-                    tooltip="steps: an anchor every update_interval steps. sigma: as many, placed so that the noise "
-                    "level falls by the same amount from each to the next, and by half of it after the last. auto: "
-                    "steps for prune, sigma for reuse.",
-                ),
-                io.Boolean.Input(
-                    "forecast", default=True, advanced=True,
-                    tooltip="For reuse: between anchors keys and values go on along the line through the last two "
-                    "anchors, instead of standing still. Nearer to the unpatched image, for twice the memory.",
-                ),
-                io.Boolean.Input(
-                    "reuse_text", default=True, advanced=True,
-                    tooltip="For reuse: the prompt's tokens are reused like the references'. Faster, and on the demo "
-                    "model nearly as close to the unpatched image.",
+                SettingsType.Input(
+                    "settings", optional=True,
+                    tooltip="From ToPi Settings: what is seldom changed. Without it the defaults of that node count.",
                 ),
             ],
             outputs=[
@@ -121,48 +72,61 @@ class ToPiPatch(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def fingerprint_inputs(cls, profile, **_):
-        """A profile of the user's that changed, came or went may mean other layers."""
-        return profile_files.state(profile)
+    def fingerprint_inputs(cls, **inputs):
+        """A profile of the user's that changed, came or went may mean other layers.
+
+        ComfyUI asks this before anything runs, with None for what is connected. Then ToPi Settings knows which profile
+        it is, and its own fingerprint makes ComfyUI run this node again as well.
+        """
+        return [] if "settings" in inputs else profile_files.state("auto")
 
     @classmethod
-    def execute(
-        cls, model, tau, update_interval, mode, profile,
-        layers="", front_layers=-1, first_anchor=0, start_percent=0.0, end_percent=1.0,
-        min_keep=0.0, max_keep=1.0, metric="influence", spacing="auto", forecast=True, reuse_text=True,
-    ) -> io.NodeOutput:  # fmt: skip
+    def execute(cls, model, mode, update_interval, tau, settings: Settings | None = None) -> io.NodeOutput:
+        known = settings or Settings()
+        anchors = replace(known.anchors, update_interval=update_interval)
+        chosen = replace(known, mode=mode, anchors=anchors, keep=replace(known.keep, tau=tau))
         network = model.get_model_object("diffusion_model")
         family = family_of(network)
         depth = len(family.blocks(network))
-        model_is = family.name, depth, family.hidden(network)
-        by_hand = bool(layers.strip())
-        if profile != "auto":
-            chosen = profile_files.named(profile, *model_is)
-        else:
-            chosen = None if by_hand and front_layers != -1 else profile_files.automatic(*model_is)
-        if chosen is None:
-            known, front = (), default_front_layers(depth)
-        else:
-            known, front = chosen.layers, chosen.front_layers
-            log.info("ToPi: profile %s (%s)", chosen.name, chosen.source)
-        settings = Settings(
-            depth=depth,
-            layers=parse_layers(layers) if by_hand else known,
-            front_layers=front if front_layers == -1 else front_layers,
-            profile="" if by_hand or chosen is None else chosen.name,
-            tau=tau,
-            update_interval=update_interval,
-            mode=mode,
-            spacing=spacing,
-            first_anchor=first_anchor,
-            start_percent=start_percent,
-            end_percent=end_percent,
-            min_keep=min_keep,
-            max_keep=max_keep,
-            metric=metric,
-            forecast=forecast,
-            reuse_text=reuse_text,
-        )
+        profile = _profile(chosen.layers, family.name, depth, family.hidden(network))
         trace = Trace()
         node_id = cls.hidden.unique_id if cls.hidden else None  # none outside of a prompt
-        return io.NodeOutput(attach(model, Patch(family, settings, trace, announcer(node_id))), trace)
+        patch = Patch(family, _for_model(chosen, depth, profile), trace, announcer(node_id))
+        return io.NodeOutput(attach(model, patch), trace)
+
+
+def _profile(layers: LayerSettings, family: str, depth: int, hidden: int) -> Profile | None:
+    """The profile of a model, where one is asked for or needed, and there is one."""
+    if layers.profile != "auto":
+        found = profile_files.named(layers.profile, family, depth, hidden)
+    elif layers.layers and layers.front_layers != -1:
+        return None
+    else:
+        found = profile_files.automatic(family, depth, hidden)
+    if found is not None:
+        log.info("ToPi: profile %s (%s)", found.name, found.source)
+    return found
+
+
+def _for_model(settings: Settings, depth: int, profile: Profile | None) -> config.Settings:
+    """The settings as the engine takes them, for a model of so many layers: reuse keeps every token that it may."""
+    layers, anchors, keep, reuse = settings.layers, settings.anchors, settings.keep, settings.reuse
+    front = default_front_layers(depth) if profile is None else profile.front_layers
+    return config.Settings(
+        depth=depth,
+        layers=layers.layers or (() if profile is None else profile.layers),
+        front_layers=front if layers.front_layers == -1 else layers.front_layers,
+        profile="" if layers.layers or profile is None else profile.name,
+        tau=1.0 if settings.mode == "reuse" else keep.tau,
+        update_interval=anchors.update_interval or OWN_INTERVAL[settings.mode],
+        mode=settings.mode,
+        spacing=anchors.spacing,
+        first_anchor=anchors.first_anchor,
+        start_percent=anchors.start_percent,
+        end_percent=anchors.end_percent,
+        min_keep=keep.min_keep,
+        max_keep=keep.max_keep,
+        metric=keep.metric,
+        forecast=reuse.forecast,
+        reuse_text=reuse.reuse_text,
+    )

@@ -105,10 +105,8 @@ def text(run: Run) -> str:
     s = run.settings
     pruned = "" if s.mode == "reuse" else f", pruned from {run.front_layers} on"
     lines = [f"{run.family}, {run.depth} layers: {_scored_in(run)}{pruned}"]
-    forecast = ", forecast" * (s.mode == "reuse" and s.forecast)
-    lines.append(
-        f"mode {s.mode}{forecast}, tau {s.tau:g}, update_interval {s.update_interval} ({s.anchor_spacing}), {s.metric}"
-    )
+    own = ", forecast" * s.forecast if s.mode == "reuse" else f", tau {s.tau:g}"
+    lines.append(f"mode {s.mode}{own}, update_interval {s.update_interval} ({s.anchor_spacing}), {s.metric}")
     if run.found_at is not None:
         lines.append("ToPi Calibrate and ToPi Save Profile find the layers on more images, and keep them.")
     why = why_nothing(run)

@@ -10,7 +10,7 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from sampling import conditioning, difference, empty, kinds, latent, layer_inputs, pack_module, patch, run_node, sample
 from small_models import FLUX1, KREA, QWEN, by_family, load, shared
 
-MODES = {"prune": {"tau": 0.5, "update_interval": 2}, "reuse": {"mode": "reuse", "tau": 1.0, "update_interval": 2}}
+MODES = {"prune": {"tau": 0.5, "update_interval": 2}, "reuse": {"mode": "reuse", "update_interval": 2}}
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,7 @@ from small_models import FLUX1, FLUX2, KREA, QWEN, load, shared
 
 from topi_demo.runtime import VERSION
 
-REUSE = {"mode": "reuse", "tau": 1.0, "update_interval": 3}
+REUSE = {"mode": "reuse", "update_interval": 3}
 by_mode = pytest.mark.parametrize(
     "inputs", [REUSE, {"mode": "prune", "tau": 0.7, "update_interval": 3}], ids=["reuse", "prune"]
 )
@@ -38,7 +38,7 @@ def test_an_area_with_guidance(family, forecast):
     refs, side = [latent(family)], 8 * family.patch // 2
     area = conditioning(family, refs, seed=3, area=(side * 2, side, 0, 0), strength=1.0)
     positive, negative = conditioning(family, refs) + area, conditioning(family, refs, seed=1)
-    inputs = {"forecast": forecast, "tau": 1.0}
+    inputs = {"forecast": forecast, "max_keep": 1.0}
     compare_reuse(
         family, shared(family), positive, negative, cfg=2.0, latent=empty(family), steps=7, inputs=inputs
     )  # fmt: skip
@@ -109,7 +109,7 @@ def test_tokens_before_the_prompts(family, inputs, monkeypatch):
     assert torch.equal(image, full)
     monkeypatch.setattr(Oracle, "added_text", 5)
     oracle = compare_reuse if inputs["mode"] == "reuse" else compare
-    oracle(family, model, positive, latent=start, steps=7, inputs={"tau": 0.7, "update_interval": 3})
+    oracle(family, model, positive, latent=start, steps=7)
 
 
 def test_a_sampler_that_goes_back_scores_anew():

@@ -25,7 +25,7 @@ from sampling import (
 )
 from small_models import FAMILIES, FLUX1, FLUX2, HIDDEN, QWEN, SmallControl, shared, with_lora
 
-REUSE = {"mode": "reuse", "tau": 0.75, "update_interval": 3}
+REUSE = {"mode": "reuse", "max_keep": 0.6, "update_interval": 3}
 
 
 def caches_alive() -> int:
@@ -192,9 +192,7 @@ def test_the_old_keys_are_gone_before_room_is_asked_for_new_ones(monkeypatch, by
         return "device" if bytes_held() + size <= 1.25 * asked[0] else None
 
     monkeypatch.setattr(pack_module("nodes.memory").Room, "where", where)
-    patched, trace = patch(
-        shared(FLUX1), **layer_inputs(FLUX1), mode="reuse", tau=1.0, update_interval=2, forecast=forecast
-    )
+    patched, trace = patch(shared(FLUX1), **layer_inputs(FLUX1), mode="reuse", update_interval=2, forecast=forecast)
     second = dict(negative=conditioning(FLUX1, [latent(FLUX1)], seed=5), cfg=2.0) if negative else {}
     sample(patched, conditioning(FLUX1, [latent(FLUX1)]), latent=empty(FLUX1), steps=8, **second)
     run = last_run(trace)
@@ -211,7 +209,7 @@ def test_a_second_call_of_an_anchor_takes_the_place_of_the_first(monkeypatch, by
         most[0] = max(most[0], bytes_held())
 
     monkeypatch.setattr(pack_module("topi_core.reuse").ContextCache, "put", counted)
-    patched, trace = patch(shared(FLUX1), **layer_inputs(FLUX1), mode="reuse", tau=1.0, update_interval=2)
+    patched, trace = patch(shared(FLUX1), **layer_inputs(FLUX1), mode="reuse", update_interval=2)
     sample(patched, conditioning(FLUX1, [latent(FLUX1)]), latent=empty(FLUX1), steps=6, sampler="dpm_2")
     run = last_run(trace)
     assert run.forecast and len(run.anchors) == 3
@@ -255,9 +253,7 @@ def test_page_locked_memory_is_given_back_wherever_the_last_keys_lay(monkeypatch
     places, given = iter(["device", "host", "device"]), []
     monkeypatch.setattr(pack_module("nodes.memory").Room, "where", lambda room, size, back=0: next(places))
     monkeypatch.setattr(pack_module("nodes.caches"), "release_pinned", lambda: given.append(None))
-    patched, trace = patch(
-        shared(FLUX1), **layer_inputs(FLUX1), mode="reuse", tau=1.0, update_interval=2, forecast=False
-    )
+    patched, trace = patch(shared(FLUX1), **layer_inputs(FLUX1), mode="reuse", update_interval=2, forecast=False)
     sample(patched, conditioning(FLUX1, [latent(FLUX1)]), latent=empty(FLUX1), steps=6)
     assert len(last_run(trace).anchors) == 3 and next(places, None) is None
     assert len(given) == 1  # at the end
@@ -269,7 +265,7 @@ def test_what_is_asked_for_is_what_is_kept(monkeypatch, family):
     asked, room = [], pack_module("nodes.memory").Room
     where = room.where
     monkeypatch.setattr(room, "where", lambda self, size, back=0: asked.append(size) or where(self, size, back))
-    patched, trace = patch(shared(family), **layer_inputs(family), mode="reuse", tau=1.0, update_interval=2)
+    patched, trace = patch(shared(family), **layer_inputs(family), mode="reuse", update_interval=2)
     sample(patched, conditioning(family, [latent(family)]), latent=empty(family), steps=6)
     run = last_run(trace)
     assert len(run.anchors) == 3 and run.forecast
@@ -278,13 +274,13 @@ def test_what_is_asked_for_is_what_is_kept(monkeypatch, family):
 
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("cache", ["EasyCache", "LazyCache"])
-@pytest.mark.parametrize(("tau", "forecast"), [(0.75, False), (1.0, True)])
-def test_caches_that_skip_steps(cache, order, tau, forecast):
+@pytest.mark.parametrize(("max_keep", "forecast"), [(0.6, False), (1.0, True)])
+def test_caches_that_skip_steps(cache, order, max_keep, forecast):
     """An anchor among the skipped steps happens at the next one that is computed.
 
     The oracle does not see skipped steps, so it cannot know whether a choice was made that none of them used.
     """
-    family, inputs = FLUX1, {"tau": tau, "update_interval": 3, "forecast": forecast}
+    family, inputs = FLUX1, {"max_keep": max_keep, "update_interval": 3, "forecast": forecast}
     positive, negative = conditioning(family, [latent(family)]), conditioning(family, [latent(family)], seed=1)
     sampling = dict(latent=empty(family), cfg=1.5, steps=16)
     model = shared(family)
