@@ -19,7 +19,7 @@ import torch
 from topi_core.trace import Bits
 from topi_demo.evaluate import edit, held_out
 from topi_demo.provenance import setting
-from topi_demo.runtime import load_pack
+from topi_demo.runtime import load_pack, patch
 
 RESULTS = Path(__file__).resolve().parent / "results" / "record.jsonl"
 SEED, STEPS, REPEATS = 1, 20, 50
@@ -32,7 +32,7 @@ def main() -> None:
     model, clip, vae = known["ToPiDemoModel"].execute().result
     batch = held_out("night", 1)
     reference = vae.encode(batch.references[0].movedim(1, -1))  # as large as the result
-    model, trace = known["ToPiPatch"].execute(model, 0.85, 10, "prune", "auto").result
+    model, trace = patch(known, model, mode="prune")
     with torch.inference_mode():
         for _ in range(3):
             edit((model, clip, vae), batch, SEED, STEPS)
