@@ -24,7 +24,7 @@ from topi_demo import codec
 from topi_demo.edits import GRAMMAR, GROUPS
 from topi_demo.evaluate import edit, held_out
 from topi_demo.provenance import read, setting
-from topi_demo.runtime import load_pack
+from topi_demo.runtime import load_pack, patch
 
 from .scenarios import CORE, README, SCENARIOS, SHORT, Scenario
 
@@ -59,15 +59,14 @@ def measure(scenarios: tuple[Scenario, ...], count: int, done: set[tuple]):
             base, full = models[s.dtype], fulls[s.dtype, s.steps]
             if s.easycache is not None:
                 base = easycache.EasyCacheNode.execute(base, s.easycache, 0.15, 0.95, False).result[0]
-            inputs = {"tau": 1.0, "profile": "auto"} | s.inputs
-            patched, trace = node["ToPiPatch"].execute(base, **inputs).result
+            patched, trace = patch(node, base, s.scorer, **s.node_inputs)
             image = edit((patched, clip, vae), batch, SEED, s.steps)
             run = trace.runs[-1]
             computed = sum(step.kind != "skipped" for step in run.steps)  # a cache outside of ToPi hides its steps
             yield {
                 "what": "fidelity",
                 "scenario": s.key,
-                "inputs": inputs,
+                "inputs": s.inputs,
                 "easycache": s.easycache,
                 "dtype": s.dtype,
                 "steps": s.steps,

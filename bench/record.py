@@ -1,6 +1,6 @@
 """What a run's record costs, as a share of the run: `python -m bench.record`.
 
-The record's own work (bits of the masks, pictures of the references, marks of the result) is done again on a finished
+The record's own work (the masks, pictures of the references, marks of the result) is done again on a finished
 run's data, many times over, and set against the time that the run took. On the demo model, the smallest there is; a
 larger one takes longer, and its record the same.
 """
@@ -16,10 +16,9 @@ from pathlib import Path
 
 import torch
 
-from topi_core.trace import Bits
 from topi_demo.evaluate import edit, held_out
 from topi_demo.provenance import setting
-from topi_demo.runtime import load_pack
+from topi_demo.runtime import load_pack, patch
 
 RESULTS = Path(__file__).resolve().parent / "results" / "record.jsonl"
 SEED, STEPS, REPEATS = 1, 20, 50
@@ -28,11 +27,11 @@ SEED, STEPS, REPEATS = 1, 20, 50
 def main() -> None:
     argparse.ArgumentParser(prog="python -m bench.record", description=__doc__.splitlines()[0]).parse_args()
     known, pack = load_pack()
-    picture = import_module(f"{pack.__name__}.picture").picture
+    picture = import_module(f"{pack.__name__}.engine.picture").picture
     model, clip, vae = known["ToPiDemoModel"].execute().result
     batch = held_out("night", 1)
     reference = vae.encode(batch.references[0].movedim(1, -1))  # as large as the result
-    model, trace = known["ToPiPatch"].execute(model, 0.85, 10, "prune", "auto").result
+    model, trace = patch(known, model, mode="prune")
     with torch.inference_mode():
         for _ in range(3):
             edit((model, clip, vae), batch, SEED, STEPS)
@@ -42,7 +41,7 @@ def main() -> None:
         started = time.perf_counter()
         picture(reference, model.get_model_object("latent_format"))
         for anchor in run.anchors:
-            Bits.of(anchor.kept)
+            anchor.kept.clone()
         run.finish(reference)
         return time.perf_counter() - started
 

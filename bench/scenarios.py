@@ -5,12 +5,16 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
+from topi_core.influence import Scorer
+
+from .baselines.scorers import OTHERS
+
 DEPTH = 12  # layers of the demo model
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """ToPi Patch with these inputs, `easycache` with ComfyUI's EasyCache before it.
+    """ToPi Patch and ToPi Settings with these inputs, `easycache` with ComfyUI's EasyCache before it.
 
     That one needs a model in half precision: in float32 ComfyUI 0.30.0 changes the sampler's latent in place.
     """
@@ -20,6 +24,15 @@ class Scenario:
     inputs: dict = field(default_factory=dict)
     easycache: float | None = None
     steps: int = 20
+
+    @property
+    def scorer(self) -> Scorer | None:
+        """The metric, where the node does not offer it."""
+        return OTHERS.get(self.inputs.get("metric", ""))
+
+    @property
+    def node_inputs(self) -> dict:
+        return {name: value for name, value in self.inputs.items() if name != "metric" or self.scorer is None}
 
     @property
     def key(self) -> str:
@@ -48,7 +61,7 @@ def _anchors(interval: int) -> str:
 
 
 PRUNE = {"mode": "prune", "tau": 0.85, "update_interval": 10}
-REUSE = {"mode": "reuse", "tau": 1.0, "update_interval": 5, "reuse_text": False}
+REUSE = {"mode": "reuse", "update_interval": 5, "reuse_text": False}
 """Of the references alone, without the text."""
 WITH_TEXT = REUSE | {"reuse_text": True}
 EVERY_STEP = {"mode": "reuse", "update_interval": 1}
@@ -108,10 +121,6 @@ SCENARIOS: tuple[Scenario, ...] = (
     ),
     *_table("prune: first anchor, half kept", PRUNE | HALF, {f"step {i}": {"first_anchor": i} for i in (0, 2, 4, 6)}),
     *_table("prune: front layers, half kept", PRUNE | HALF, {f"{i} exempt": {"front_layers": i} for i in (0, 1, 2, 4)}),
-    *_table(
-        "reuse: tau, 4 anchors", REUSE,
-        {f"tau {t:g}": {"tau": t} for t in (0.99, 0.95, 0.85, 0.7)},
-    ),
     *_table(
         "reuse: metric, half kept, 4 anchors", REUSE | HALF,
         {m: {"metric": m} for m in ("influence", "attention", "random")},

@@ -24,11 +24,11 @@ SEED, STEPS, REPEATS = 1, 20, 11
 
 def main() -> None:
     argparse.ArgumentParser(prog="python -m bench.scoring", description=__doc__.splitlines()[0]).parse_args()
-    known, pack = load_pack()
-    attach, families = (import_module(f"{pack.__name__}.{name}") for name in ("attach", "families"))
+    nodes, pack = load_pack()
+    attach, families = (import_module(f"{pack.__name__}.engine.{name}") for name in ("attach", "families"))
     core = pack.__name__.rpartition(".")[0] + ".topi_core"
     config, trace, profiles = (import_module(f"{core}.{name}") for name in ("config", "trace", "profiles"))
-    model, clip, vae = known["ToPiDemoModel"].execute().result
+    model, clip, vae = nodes["ToPiDemoModel"].execute().result
     batch = held_out("night", 1)
     profile = profiles.read(profiles.shipped()["topi-demo"], "topi-demo")
     family = families.family_of(model.get_model_object("diffusion_model"))
@@ -36,8 +36,10 @@ def main() -> None:
     traces, models = {}, []
     for name, layers in (("profile", profile.layers), ("first anchor", ())):
         traces[name] = trace.Trace()
-        settings = config.Settings(depth=profile.depth, layers=layers, front_layers=profile.front_layers)
-        models.append(attach.attach(model, attach.Patch(family, settings, traces[name])))
+        measures = dict(depth=profile.depth, hidden=profile.hidden, front_layers=profile.front_layers)
+        known = config.Model(family=family.name, layers=layers, **measures)
+        patch = attach.Patch(family, known, config.Settings(mode="prune"), traces[name])
+        models.append(attach.attach(model, patch))
     with torch.inference_mode():
         for _ in range(REPEATS + 1):
             for each in models:

@@ -17,6 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -26,7 +27,7 @@ import torch
 from topi_core.cost import layer_flops
 from topi_core.reuse import TEXT_LEFT
 from topi_demo.provenance import read, setting
-from topi_demo.runtime import load_pack
+from topi_demo.runtime import load_pack, patch
 
 RESULTS = Path(__file__).resolve().parent / "results" / "speed.jsonl"
 STEP_COUNTS = (4, 8, 20, 40)
@@ -137,8 +138,8 @@ class CallTimes:
             torch.cuda.synchronize(self.device)
 
 
-def measure(w: Workload, model, blocks: tuple[int, int], patch: Callable, repeats: int) -> dict:
-    """Medians of one workload's calls, by way of running it; `patch` gives a patched model and its trace.
+def measure(w: Workload, model, blocks: tuple[int, int], topi: Callable, repeats: int) -> dict:
+    """Medians of one workload's calls, by way of running it; `topi` gives a patched model and its trace.
 
     A part of the blocks has no front layers: they would be another share of it than of the whole.
     """
@@ -164,11 +165,10 @@ def measure(w: Workload, model, blocks: tuple[int, int], patch: Callable, repeat
     depth = sum(blocks)
     front = a.front if blocks == a.blocks else 0
     common = dict(
-        update_interval=2, spacing="steps", profile="auto", layers=f"{depth // 2}", front_layers=front,
-        min_keep=share, max_keep=share,
+        update_interval=2, spacing="steps", layers=f"{depth // 2}", front_layers=front, min_keep=share, max_keep=share,
     )  # fmt: skip
-    prune, trace = patch(model, tau=0.85, mode="prune", **common)
-    reuse, _ = patch(model, tau=0.85, mode="reuse", **common)
+    prune, trace = topi(model, mode="prune", **common)
+    reuse, _ = topi(model, mode="reuse", **common)
     ways = {
         "full": (model, whole),
         "prune": (prune, whole),
@@ -303,10 +303,6 @@ def main() -> None:
     args = parser.parse_args()
     if not args.table:
         known, _ = load_pack()
-
-        def patch(model, **inputs):
-            return known["ToPiPatch"].execute(model, **inputs).result
-
         whole = args.whole or torch.cuda.is_available()
         args.out.parent.mkdir(parents=True, exist_ok=True)
         with torch.inference_mode(), args.out.open("a", encoding="utf-8") as file:
@@ -316,7 +312,7 @@ def main() -> None:
                 model = network(a, blocks)
                 for side, references, rows, kept in product(args.sides, args.references, args.rows, args.kept):
                     w = Workload(architecture=name, side=side, references=references, rows=rows, kept=kept)
-                    found = measure(w, model, blocks, patch, args.repeats)
+                    found = measure(w, model, blocks, partial(patch, known), args.repeats)
                     row = {"what": "speed", "workload": asdict(w), **found, "repeats": args.repeats, **setting()}
                     file.write(json.dumps(row) + "\n")
                     file.flush()

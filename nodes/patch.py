@@ -37,10 +37,29 @@ class ToPiPatch(io.ComfyNode):
                     tooltip="A model that edits by references, from its loader or LoRA: FLUX.1 Kontext, FLUX.2, "
                     "Qwen-Image-Edit, Mage-Flow, JoyImage, Krea 2, OmniGen2 or Boogu.",
                 ),
-                io.Combo.Input("mode", options=list(MODES), default="reuse", tooltip="x"),
-                io.Int.Input("update_interval", default=0, min=0, max=1000, tooltip="x"),
-                io.Float.Input("tau", default=0.85, min=0.0, max=1.0, step=0.01, tooltip="x"),
-                SettingsType.Input("settings", optional=True, tooltip="x"),
+                io.Combo.Input(
+                    "mode", options=list(MODES), default="reuse",
+                    tooltip="reuse: between anchors no reference token is computed, the picture sees their keys and "
+                    "values of the anchor; it takes memory, and on the demo model it is faster and closer to the "
+                    "unpatched image. prune: the paper's method with its settings; dropped tokens leave the sequence "
+                    "until the next anchor.",
+                ),
+                io.Int.Input(
+                    "update_interval", default=0, min=0, max=1000,
+                    tooltip="Steps from one anchor to the next, on average; at an anchor everything is computed. 0: "
+                    "the mode's own, 10 for prune and 5 for reuse. Higher is faster, lower is nearer to the unpatched "
+                    "image. With prune they are evenly spaced, with reuse they stand where the noise level falls "
+                    "most: see spacing of ToPi Settings.",
+                ),
+                io.Float.Input(
+                    "tau", default=0.85, min=0.0, max=1.0, step=0.01,
+                    tooltip="For prune: share of the references' influence that is kept. Lower is faster, and 1 gives "
+                    "the unpatched image, bit for bit. Reuse keeps every token, whatever stands here.",
+                ),
+                SettingsType.Input(
+                    "settings", optional=True,
+                    tooltip="From ToPi Settings: what is seldom changed. Without it the defaults of that node count.",
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model with ToPi; connect it to the sampler."),
@@ -53,9 +72,13 @@ class ToPiPatch(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def fingerprint_inputs(cls, settings=None, **_):
-        """A profile of the user's that changed, came or went may mean other layers."""
-        return profile_files.state((settings or Settings()).layers.profile)
+    def fingerprint_inputs(cls, **inputs):
+        """A profile of the user's that changed, came or went may mean other layers.
+
+        ComfyUI asks this before anything runs, with None for what is connected. Then ToPi Settings knows which profile
+        it is, and its own fingerprint makes ComfyUI run this node again as well.
+        """
+        return [] if "settings" in inputs else profile_files.state("auto")
 
     @classmethod
     def execute(cls, model, mode, update_interval, tau, settings: Settings | None = None) -> io.NodeOutput:

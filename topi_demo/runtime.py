@@ -6,6 +6,7 @@ import asyncio
 import os
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -53,6 +54,26 @@ def load_pack() -> tuple[dict[str, type], ModuleType]:
     return known, sys.modules[known["ToPiPatch"].__module__.rpartition(".")[0]]
 
 
+def patch(nodes: dict[str, type], model, scorer=None, **inputs) -> tuple:
+    """ToPi Patch, with ToPi Settings before it -> (model, trace).
+
+    nodes: ComfyUI's, by name. Each input goes to the one of the two that has it; for the others their defaults count.
+    A scorer that no node offers stands in place of the metric.
+    """
+    defaults = {
+        name: {field.id: field.default for field in nodes[name].GET_SCHEMA().inputs if hasattr(field, "default")}
+        for name in ("ToPiPatch", "ToPiSettings")
+    }
+    unknown = sorted(set(inputs).difference(*defaults.values()))
+    if unknown:
+        raise TypeError(f"neither ToPi Patch nor ToPi Settings has an input {', '.join(unknown)}")
+    own, more = ({id_: inputs.get(id_, value) for id_, value in known.items()} for known in defaults.values())
+    (settings,) = nodes["ToPiSettings"].execute(**more).result
+    if scorer is not None:
+        settings = replace(settings, keep=replace(settings.keep, metric=scorer))
+    return nodes["ToPiPatch"].execute(model=model, settings=settings, **own).result
+
+
 def draw_chart(*values):
-    """The pack's `nodes/chart.py`, reached as a file: outside of ComfyUI the pack is no package."""
-    return runpy.run_path(str(PACK / "nodes" / "chart.py"))["chart"](*values)
+    """The pack's `nodes/support/chart.py`, reached as a file: outside of ComfyUI the pack is no package."""
+    return runpy.run_path(str(PACK / "nodes" / "support" / "chart.py"))["chart"](*values)

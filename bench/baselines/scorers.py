@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from topi_core.influence import SCORERS, Scorer
+from topi_core.influence import Scorer
 from topi_core.layout import Layout
 
 
@@ -33,4 +33,4 @@ def random_score(generator: torch.Generator, hidden: Tensor, layout: Layout, pro
 
 SIMILARITY = Scorer("similarity", lambda seed: similarity, of_input=True)
 RANDOM = Scorer("random", lambda seed: partial(random_score, torch.Generator().manual_seed(seed)), of_input=True)
-ALL = SCORERS | {scorer.name: scorer for scorer in (SIMILARITY, RANDOM)}
+OTHERS = {scorer.name: scorer for scorer in (SIMILARITY, RANDOM)}

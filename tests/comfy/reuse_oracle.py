@@ -44,8 +44,8 @@ class ReuseOracle(Oracle):
         reuse_text: bool = True,
         **settings,
     ):
-        """anchors: where they are spaced by sigma."""
-        super().__init__(family, **settings)
+        """anchors: where they are spaced by sigma. Every token that `max_keep` allows is kept."""
+        super().__init__(family, tau=1.0, **settings)
         self.given = anchors
         self.forecast, self.reuse_text = forecast, reuse_text
         self.pages: dict[tuple[object, int, int], list[Page]] = {}  # by cond, layer and nth attention: one an anchor
@@ -143,7 +143,7 @@ def compare_reuse(
     **sampling,
 ) -> tuple[Tensor, object]:
     """Samples in the mode "reuse" with ToPi Patch and with the oracle: the same tokens, and the same image."""
-    inputs = {"tau": 0.8, "update_interval": 3} | (inputs or {})
+    inputs = {"max_keep": 0.6, "update_interval": 3} | (inputs or {})
     patched, trace = patch(model, mode="reuse", spacing="steps", **layer_inputs(family) | inputs)
     image = sample(patched, positive, negative, **sampling)
     oracle = ReuseOracle(family, **inputs)

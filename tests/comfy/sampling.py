@@ -13,7 +13,8 @@ from small_models import POOLED_WIDTH, Family
 from torch import Tensor
 
 import nodes
-from topi_demo.runtime import VERSION
+from bench.baselines.scorers import OTHERS
+from topi_demo import runtime
 
 
 def latent(family: Family, height: int = 16, width: int = 16, batch: int = 1, seed: int = 0) -> Tensor:
@@ -79,7 +80,8 @@ def run_node(name: str, /, **inputs) -> tuple:
 
     Skips the test where an older ComfyUI than the one we build for lacks the node.
     """
-    if comfyui_version.__version__ != VERSION and name not in nodes.NODE_CLASS_MAPPINGS and not name.startswith("ToPi"):
+    older = comfyui_version.__version__ != runtime.VERSION
+    if older and name not in nodes.NODE_CLASS_MAPPINGS and not name.startswith("ToPi"):
         pytest.skip(f"ComfyUI {comfyui_version.__version__} has no {name}")
     node = nodes.NODE_CLASS_MAPPINGS[name]
     schema = node.GET_SCHEMA()
@@ -96,12 +98,15 @@ def pack_module(name: str):
 
 
 CACHE = {"reuse_threshold": 1.2, "start_percent": 0.1, "end_percent": 0.95}  # of EasyCache and LazyCache
-PAPER = {"tau": 0.85, "update_interval": 10, "mode": "prune"}
+PAPER = {"mode": "prune"}
 
 
 def patch(model, **inputs) -> tuple:
-    """ToPi Patch -> (model, trace); the paper's settings, unless others are given."""
-    return run_node("ToPiPatch", model=model, **PAPER | inputs)
+    """ToPi Patch and ToPi Settings -> (model, trace); the paper's method, unless other inputs are given."""
+    scorer = OTHERS.get(inputs.get("metric"))
+    if scorer:
+        del inputs["metric"]
+    return runtime.patch(nodes.NODE_CLASS_MAPPINGS, model, scorer, **PAPER | inputs)
 
 
 def calibrate(model, top_m=3):

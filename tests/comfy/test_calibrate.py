@@ -175,7 +175,7 @@ def test_the_first_anchor_finds_what_a_calibration_of_that_step_finds(family, ca
     sample(model, positive, latent=start)
     first = torch.stack(calibrating.trace.runs[-1].heard[0]).mean(0)[0]
     assert run.layers == top_layers(first, 3) and run.found_at == 0
-    assert run.front_layers == round(family.depth * 10 / 58.5)
+    assert run.model.front_layers == round(family.depth * 10 / 58.5)
     assert ",".join(map(str, run.layers)) in caplog.text and "ToPi Calibrate" in caplog.text
 
     typed, other = patch(shared(family), update_interval=2, layers=",".join(map(str, run.layers)))
@@ -185,7 +185,7 @@ def test_the_first_anchor_finds_what_a_calibration_of_that_step_finds(family, ca
 
 @pytest.mark.parametrize("mode", ["prune", "reuse"])
 def test_where_every_token_is_kept_nothing_is_searched(mode, caplog):
-    patched, trace = patch(shared(FLUX1), mode=mode, tau=1.0, update_interval=2)
+    patched, trace = patch(shared(FLUX1), mode=mode, tau=1.0 if mode == "prune" else 0.85, update_interval=2)
     with caplog.at_level(logging.INFO):
         image = sample(patched, conditioning(FLUX1, [latent(FLUX1)]), latent=empty(FLUX1))
     run = last_run(trace)
@@ -231,7 +231,7 @@ def test_each_run_finds_its_own_layers_anew():
     patched, trace = patch(shared(FLUX1))
     for seed in (1, 2):
         sample(patched, conditioning(FLUX1, [latent(FLUX1, seed=seed)]), latent=empty(FLUX1), steps=2)
-    assert all(run.found and not run.settings.layers for run in trace.runs)
+    assert all(run.found_layers and not run.model.layers for run in trace.runs)
     text = run_node("ToPiReport", trace=trace, latent={"samples": _again(patched)})[0]
     assert "found at step 0, as no profile fits" in text and "ToPi Save Profile" in text
 

@@ -10,7 +10,7 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from sampling import conditioning, difference, empty, kinds, latent, layer_inputs, pack_module, patch, run_node, sample
 from small_models import FLUX1, KREA, QWEN, by_family, load, shared
 
-MODES = {"prune": {"tau": 0.5, "update_interval": 2}, "reuse": {"mode": "reuse", "tau": 1.0, "update_interval": 2}}
+MODES = {"prune": {"tau": 0.5, "update_interval": 2}, "reuse": {"mode": "reuse", "update_interval": 2}}
 
 
 @pytest.fixture(autouse=True)
@@ -156,7 +156,7 @@ def test_the_nodes_own_backend():
     """TorchCompileModel's inductor, on a graph of one operation: a model takes minutes on a CPU."""
     model = run_node("TorchCompileModel", model=shared(FLUX1), backend="inductor")[0]
     options = create_model_options_clone(model.model_options | {"transformer_options": {"wrappers": model.wrappers}})
-    how = pack_module("nodes.compiled").take_over(options, model).how
+    how = pack_module("nodes.engine.compiled").take_over(options, model).how
     assert how["backend"].backend == "inductor"
     for mode in (how["mode"], "max-autotune-no-cudagraphs"):
         function = torch.compile(lambda x: x * 2, **how | {"mode": mode})

@@ -25,7 +25,7 @@ from small_models import FLUX1, FLUX2, KREA, QWEN, load, shared
 
 from topi_demo.runtime import VERSION
 
-REUSE = {"mode": "reuse", "tau": 1.0, "update_interval": 3}
+REUSE = {"mode": "reuse", "update_interval": 3}
 by_mode = pytest.mark.parametrize(
     "inputs", [REUSE, {"mode": "prune", "tau": 0.7, "update_interval": 3}], ids=["reuse", "prune"]
 )
@@ -38,7 +38,7 @@ def test_an_area_with_guidance(family, forecast):
     refs, side = [latent(family)], 8 * family.patch // 2
     area = conditioning(family, refs, seed=3, area=(side * 2, side, 0, 0), strength=1.0)
     positive, negative = conditioning(family, refs) + area, conditioning(family, refs, seed=1)
-    inputs = {"forecast": forecast, "tau": 1.0}
+    inputs = {"forecast": forecast, "max_keep": 1.0}
     compare_reuse(
         family, shared(family), positive, negative, cfg=2.0, latent=empty(family), steps=7, inputs=inputs
     )  # fmt: skip
@@ -109,7 +109,7 @@ def test_tokens_before_the_prompts(family, inputs, monkeypatch):
     assert torch.equal(image, full)
     monkeypatch.setattr(Oracle, "added_text", 5)
     oracle = compare_reuse if inputs["mode"] == "reuse" else compare
-    oracle(family, model, positive, latent=start, steps=7, inputs={"tau": 0.7, "update_interval": 3})
+    oracle(family, model, positive, latent=start, steps=7)
 
 
 def test_a_sampler_that_goes_back_scores_anew():
@@ -144,7 +144,7 @@ def test_a_negative_prompt_without_references_weighs_in_the_prediction():
         patched, trace = patch(shared(FLUX1), **layer_inputs(FLUX1), **REUSE)
         sample(patched, positive, negative, cfg=2.0, latent=start, steps=6)
         steps = last_run(trace).steps
-        predicted.append(sum(step.full for step in steps) / sum(step.taken for step in steps))
+        predicted.append(sum(step.full_flops for step in steps) / sum(step.flops for step in steps))
     assert 1 < predicted[1] < predicted[0]
 
 
@@ -157,7 +157,7 @@ def test_room_for_one_prompt_and_not_for_the_other(monkeypatch):
         return answers.pop(0) if answers else "device"
 
     patched, trace = patch(shared(FLUX1), **layer_inputs(FLUX1), **REUSE | {"spacing": "steps", "forecast": False})
-    monkeypatch.setattr(pack_module("nodes.memory").Room, "where", where)
+    monkeypatch.setattr(pack_module("nodes.engine.memory").CallMemory, "where", where)
     image = sample(patched, positive, negative, cfg=2.0, latent=empty(FLUX1), steps=7)
     run = last_run(trace)
     assert [step.kind for step in run.steps] == ["anchor", "reused", "reused", "anchor", "reused", "reused", "anchor"]

@@ -196,7 +196,7 @@ def test_what_is_dropped_might_as_well_never_have_been_given(family, values, dro
     image, cropped, uncut = results
     (anchor,) = last_run(trace).anchors
     kept = anchor.kept[0].nonzero().flatten().tolist()
-    assert kept == list(range(anchor.layout.context_tokens - gone))
+    assert kept == list(range(anchor.layout.reference_tokens - gone))
     assert difference(image, cropped) < FLOAT_ERROR
     assert difference(image, uncut) > 1e-3
 

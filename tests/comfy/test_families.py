@@ -20,7 +20,7 @@ PUBLISHED = {  # widths that a layer's share of linear operations depends on; th
 
 def ours(family):
     """The pack's own idea of a family."""
-    return next(one for one in pack_module("nodes.families").FAMILIES if one.name == family.name)
+    return next(one for one in pack_module("nodes.engine.families").FAMILIES if one.name == family.name)
 
 
 @by_family
@@ -72,7 +72,7 @@ def test_the_record_knows_the_size_of_a_token(family):
     sample(patched, conditioning(family, [latent(family, 8, 12)]), latent=empty(family), steps=1)
     run = last_run(trace)
     assert run.patch == family.patch and run.patch * run.cell_pixels == 16
-    assert run.hidden == (512 if family.name == "krea2" else 256)
+    assert run.model.hidden == (512 if family.name == "krea2" else 256)
     (reference,) = run.anchors[0].references
     assert reference.size == (8 * family.patch // 2, 12 * family.patch // 2)
     assert reference.picture is not None

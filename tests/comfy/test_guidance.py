@@ -76,7 +76,7 @@ def test_cond_and_uncond_with_other_references():
     positive = conditioning(FLUX1, [latent(FLUX1, seed=1)])
     negative = conditioning(FLUX1, [latent(FLUX1, 12, 12, seed=2)])
     _, trace, _ = compare(FLUX1, shared(FLUX1), positive, negative, cfg=2.0, latent=empty(FLUX1))
-    assert [a.layout.context_tokens for a in last_run(trace).anchors if a.step == 0] in ([64, 36], [36, 64])
+    assert [a.layout.reference_tokens for a in last_run(trace).anchors if a.step == 0] in ([64, 36], [36, 64])
 
 
 def test_images_of_a_batch_with_references_of_their_own():

@@ -1,4 +1,4 @@
-"""The node's inputs, and one sentence for each bad one: what was given, and what is allowed."""
+"""The inputs of ToPi Patch and ToPi Settings; for each bad one a sentence says what was given and what is allowed."""
 
 from itertools import product
 
@@ -9,49 +9,94 @@ import comfy.ops
 import comfy.supported_models
 import pytest
 import torch
-from sampling import conditioning, empty, last_run, latent, patch, sample
+from sampling import conditioning, empty, kept_sets, last_run, latent, pack_module, patch, run_node, sample
 from small_models import FLUX1, NETWORKS, QWEN, network_class, patcher, random_weights, shared
 
 import nodes
 
 SUPPORTED = ("FLUX.1", "FLUX.2", "Qwen-Image", "Mage-Flow", "JoyImage", "Krea 2", "OmniGen2", "Boogu")
-INPUTS = {  # id: (type, default, lowest, highest, advanced); workflows that people saved depend on all of it
+PATCH = {  # id: (type, default, lowest, highest, optional); workflows that people saved depend on all of it
     "model": ("MODEL", None, None, None, False),
-    "tau": ("FLOAT", 1.0, 0, 1, False),
-    "update_interval": ("INT", 5, 1, 1000, False),
     "mode": ("COMBO", "reuse", None, None, False),
+    "update_interval": ("INT", 0, 0, 1000, False),
+    "tau": ("FLOAT", 0.85, 0, 1, False),
+    "settings": ("TOPI_SETTINGS", None, None, None, True),
+}
+SETTINGS = {
     "profile": ("COMBO", "auto", None, None, False),
-    "layers": ("STRING", "", None, None, True),
-    "front_layers": ("INT", -1, -1, 200, True),
-    "first_anchor": ("INT", 0, 0, 1000, True),
-    "start_percent": ("FLOAT", 0.0, 0, 1, True),
-    "end_percent": ("FLOAT", 1.0, 0, 1, True),
-    "min_keep": ("FLOAT", 0.0, 0, 1, True),
-    "max_keep": ("FLOAT", 1.0, 0, 1, True),
-    "metric": ("COMBO", "influence", None, None, True),
-    # these came later, so they stand last: saved values have places, no names
-    "spacing": ("COMBO", "auto", None, None, True),
-    "forecast": ("BOOLEAN", True, None, None, True),
-    "reuse_text": ("BOOLEAN", True, None, None, True),
+    "layers": ("STRING", "", None, None, False),
+    "front_layers": ("INT", -1, -1, 200, False),
+    "first_anchor": ("INT", 0, 0, 1000, False),
+    "start_percent": ("FLOAT", 0.0, 0, 1, False),
+    "end_percent": ("FLOAT", 1.0, 0, 1, False),
+    "min_keep": ("FLOAT", 0.0, 0, 1, False),
+    "max_keep": ("FLOAT", 1.0, 0, 1, False),
+    "metric": ("COMBO", "influence", None, None, False),
+    "spacing": ("COMBO", "auto", None, None, False),
+    "forecast": ("BOOLEAN", True, None, None, False),
+    "reuse_text": ("BOOLEAN", True, None, None, False),
 }
 
 
-def test_inputs_and_outputs_are_those_that_workflows_rely_on():
-    schema = nodes.NODE_CLASS_MAPPINGS["ToPiPatch"].GET_SCHEMA()
+@pytest.mark.parametrize(
+    ("name", "inputs", "outputs"),
+    [("ToPiPatch", PATCH, ["MODEL", "TOPI_TRACE"]), ("ToPiSettings", SETTINGS, ["TOPI_SETTINGS"])],
+    ids=["ToPiPatch", "ToPiSettings"],
+)
+def test_inputs_and_outputs_are_those_that_workflows_rely_on(name, inputs, outputs):
+    schema = nodes.NODE_CLASS_MAPPINGS[name].GET_SCHEMA()
     found = {
-        i.id: (i.get_io_type(), *(getattr(i, name, None) for name in ("default", "min", "max")), bool(i.advanced))
+        i.id: (i.get_io_type(), *(getattr(i, name, None) for name in ("default", "min", "max")), bool(i.optional))
         for i in schema.inputs
     }
-    assert list(found) == list(INPUTS)
-    assert found == INPUTS
-    assert not any(i.optional for i in schema.inputs)  # those would come last
-    assert all(i.tooltip for i in schema.inputs)
-    assert [output.get_io_type() for output in schema.outputs] == ["MODEL", "TOPI_TRACE"]
-    options = {i.id: i.options for i in schema.inputs if hasattr(i, "options")}
+    assert list(found) == list(inputs)  # saved values have places, no names
+    assert found == inputs
+    assert all(i.tooltip and not getattr(i, "advanced", None) for i in schema.inputs)
+    assert [output.get_io_type() for output in schema.outputs] == outputs
+
+
+def test_what_can_be_chosen():
+    schemas = [nodes.NODE_CLASS_MAPPINGS[name].GET_SCHEMA() for name in ("ToPiPatch", "ToPiSettings")]
+    options = {i.id: i.options for schema in schemas for i in schema.inputs if hasattr(i, "options")}
     assert options["mode"] == ["reuse", "prune"]
     assert options["spacing"] == ["auto", "steps", "sigma"]
-    assert options["metric"] == ["influence", "attention", "similarity", "random"]
+    assert options["metric"] == ["influence", "attention"]
     assert options["profile"][0] == "auto" and len(options["profile"]) >= 3
+
+
+def settings_of(patched):
+    """What the engine was told."""
+    return patched.wrappers["outer_sample"]["topi"][0].__self__.settings
+
+
+def test_the_node_alone_is_the_node_with_the_defaults_of_its_settings():
+    alone, _ = run_node("ToPiPatch", model=shared(FLUX1))
+    connected, _ = run_node("ToPiPatch", model=shared(FLUX1), settings=run_node("ToPiSettings")[0])
+    assert settings_of(alone) == settings_of(connected) == settings_of(patch(shared(FLUX1), mode="reuse")[0])
+    assert run_node("ToPiSettings") == (pack_module("topi_core.config").Settings(),)
+
+
+def test_reuse_keeps_every_token_whatever_tau_says():
+    told = settings_of(patch(shared(FLUX1), mode="reuse", tau=0.3)[0])
+    assert told.keeps_all and (told.tau, told.update_interval, told.anchor_spacing) == (1.0, 5, "sigma")
+    assert not settings_of(patch(shared(FLUX1), mode="reuse", max_keep=0.5)[0]).keeps_all
+
+
+def test_whoever_switches_to_prune_has_the_paper_s_method_with_its_settings():
+    """Given in full: Eq. 9 to 12 with tau 0.85, anchors every 10 steps from the first on, and the exempt layers."""
+    positive, start = conditioning(FLUX1, [latent(FLUX1)]), empty(FLUX1)
+    switched, trace = run_node("ToPiPatch", model=shared(FLUX1), mode="prune")
+    image = sample(switched, positive, latent=start, steps=12)
+    layers = ",".join(map(str, last_run(trace).layers))
+    paper = dict(
+        tau=0.85, update_interval=10, layers=layers, front_layers=round(FLUX1.depth * 10 / 58.5), first_anchor=0,
+        start_percent=0.0, end_percent=1.0, min_keep=0.0, max_keep=1.0, metric="influence", spacing="steps",
+    )  # fmt: skip
+    given, other = patch(shared(FLUX1), mode="prune", **paper)
+    assert torch.equal(sample(given, positive, latent=start, steps=12), image)
+    assert kept_sets(trace) == kept_sets(other)
+    assert [anchor.step for anchor in last_run(trace).anchors] == [0, 10]
+    assert all(0 < anchor.share < 1 for anchor in last_run(trace).anchors)
 
 
 @pytest.mark.parametrize(
@@ -72,10 +117,12 @@ def test_inputs_and_outputs_are_those_that_workflows_rely_on():
         ({"profile": "no such profile"}, "no such profile", "auto"),
         ({"mode": "merge"}, "merge", "prune"),
         ({"metric": "luck"}, "luck", "influence"),
+        ({"spacing": "even"}, "even", "sigma"),
         ({"tau": 1.3}, "1.3", "1"),
         ({"tau": -0.1}, "-0.1", "0"),
         ({"tau": float("nan")}, "nan", "1"),
-        ({"update_interval": 0}, "0", "1"),
+        ({"update_interval": -1}, "-1", "1000"),
+        ({"update_interval": 1001}, "1001", "1000"),
         ({"first_anchor": -1}, "-1", "0"),
         ({"min_keep": -0.5}, "-0.5", "0"),
         ({"max_keep": 1.5}, "1.5", "1"),
@@ -94,7 +141,7 @@ def test_bad_input_is_refused_when_the_node_runs(inputs, given, allowed):
 
 def test_a_profile_of_another_model_is_refused_in_one_sentence():
     """Also where the layers are typed, which would need none."""
-    schema = nodes.NODE_CLASS_MAPPINGS["ToPiPatch"].GET_SCHEMA()
+    schema = nodes.NODE_CLASS_MAPPINGS["ToPiSettings"].GET_SCHEMA()
     profiles = next(i.options for i in schema.inputs if i.id == "profile")[1:]
     for profile, typed in product(profiles, ({}, {"layers": "1,4", "front_layers": 2})):
         with pytest.raises(ValueError, match=profile) as refusal:

@@ -1,5 +1,6 @@
 """The user's profiles: where they are read from and written to, which one `auto` takes, and what is refused."""
 
+import asyncio
 import logging
 import shutil
 from pathlib import Path
@@ -7,6 +8,9 @@ from pathlib import Path
 import folder_paths
 import pytest
 import torch
+from comfy_execution.caching import CacheKeySetInputSignature
+from comfy_execution.graph import DynamicPrompt
+from execution import IsChangedCache
 from sampling import calibrate, conditioning, empty, last_calibration, last_run, latent, patch, run_node, sample
 from small_models import FAMILIES, FLUX1, FLUX2, QWEN, by_family, shared
 
@@ -29,8 +33,8 @@ def folders(comfyui):
 
 
 def options() -> list[str]:
-    """What the page offers as ToPi Patch's profile."""
-    schema = nodes.NODE_CLASS_MAPPINGS["ToPiPatch"].GET_SCHEMA()
+    """What the page offers as ToPi Settings' profile."""
+    schema = nodes.NODE_CLASS_MAPPINGS["ToPiSettings"].GET_SCHEMA()
     return next(i.options for i in schema.inputs if i.id == "profile")
 
 
@@ -110,21 +114,55 @@ def test_a_run_goes_only_where_it_is_saved(folders):
         save(calibrating, {"samples": first["samples"] + 1})
 
 
-def test_a_deleted_or_changed_profile_is_noticed(folders):
-    """ComfyUI asks this before it serves a node from its cache."""
-    patch_node, save_node = (nodes.NODE_CLASS_MAPPINGS[name] for name in ("ToPiPatch", "ToPiSaveProfile"))
+def cached_as(profile: str | None) -> object:
+    """What ComfyUI's cache knows ToPi Patch by, with ToPi Settings in front of it where a profile is given."""
+    inputs = {"mode": "prune", "update_interval": 0, "tau": 0.85}
+    prompt = {"1": {"class_type": "ToPiPatch", "inputs": inputs}}
+    if profile is not None:
+        fields = nodes.NODE_CLASS_MAPPINGS["ToPiSettings"].GET_SCHEMA().inputs
+        values = {field.id: field.default for field in fields} | {"profile": profile}
+        prompt |= {"2": {"class_type": "ToPiSettings", "inputs": values}}
+        inputs["settings"] = ["2", 0]
+
+    async def key():
+        graph = DynamicPrompt(prompt)
+        keys = CacheKeySetInputSignature(graph, prompt, IsChangedCache("a test", graph, None))
+        await keys.add_keys(prompt)
+        return keys.get_data_key("1")
+
+    return asyncio.run(key())
+
+
+@pytest.mark.parametrize(
+    ("profile", "read"),
+    [(None, True), ("auto", True), ("mine.safetensors", True), ("flux1-kontext", False)],
+    ids=["without ToPi Settings", "auto", "by its name", "another one"],
+)
+def test_topi_patch_runs_again_when_a_profile_that_it_may_read_came_or_changed_or_went(folders, profile, read):
+    model, calibrating = calibrate(shared(FLUX1))
+    seen = []
+    for seed in (1, 2, None):
+        seen.append(cached_as(profile))
+        assert cached_as(profile) == seen[-1]
+        if seed:
+            save(calibrating, run(calibrating, model, seed))
+    assert len(set(seen)) == (3 if read else 1)
+    (folders[1] / "mine.safetensors").unlink()
+    assert cached_as(profile) == seen[0]
+
+
+def test_a_deleted_or_changed_profile_is_noticed_by_what_saves_it(folders):
+    save_node = nodes.NODE_CLASS_MAPPINGS["ToPiSaveProfile"]
     model, calibrating = calibrate(shared(FLUX1))
     states = []
     for seed in (1, 2, None):
-        states.append((patch_node.fingerprint_inputs(profile="auto"), save_node.fingerprint_inputs(name="mine")))
-        assert states[-1] == (patch_node.fingerprint_inputs(profile="auto"), save_node.fingerprint_inputs(name="mine"))
+        states.append(save_node.fingerprint_inputs(name="mine"))
+        assert save_node.fingerprint_inputs(name="mine") == states[-1]
         if seed:
             save(calibrating, run(calibrating, model, seed))
-    assert all(len({str(state[i]) for state in states}) == 3 for i in range(2))
+    assert len(set(states)) == 3
     (folders[1] / "mine.safetensors").unlink()
-    assert (patch_node.fingerprint_inputs(profile="auto"), save_node.fingerprint_inputs(name="mine")) == states[0]
-    profile = "flux1-kontext"
-    assert patch_node.fingerprint_inputs(profile=profile) == []
+    assert save_node.fingerprint_inputs(name="mine") == states[0]
 
 
 @pytest.mark.parametrize("name", [

@@ -20,7 +20,7 @@ def test_one_to_four_references_of_different_sizes(family, count):
     layout = last_run(trace).anchors[0].layout
     assert layout.reference_grids == tuple((h // 2, w // 2) for h, w in SIZES[:count])
     assert (layout.text_tokens, layout.target_grid) == (family.text_tokens, (6, 8))
-    assert layout.context_tokens == sum(h * w // 4 for h, w in SIZES[:count])
+    assert layout.reference_tokens == sum(h * w // 4 for h, w in SIZES[:count])
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_krea_ignores_references_that_come_without_a_method():
     patched, trace = patch(shared(KREA), tau=0.5, **layer_inputs(KREA))
     image = sample(patched, positive, latent=start)
     assert torch.equal(image, sample(shared(KREA), conditioning(KREA), latent=start))
-    assert not last_run(trace).anchors and last_run(trace).context_tokens == 0
+    assert not last_run(trace).anchors and last_run(trace).reference_tokens == 0
     model = shared(KREA).clone()
     model.add_object_patch("diffusion_model.default_ref_method", "index")
     compare(KREA, model, positive, latent=start)
@@ -98,7 +98,7 @@ def test_the_trace_counts_what_was_dropped(family):
     patched, trace = patch(shared(family), tau=0.7, update_interval=2, **layer_inputs(family))
     sample(patched, conditioning(family, refs), latent=empty(family))
     run = last_run(trace)
-    assert (run.family, run.depth, run.layers, run.front_layers) == (
+    assert (run.model.family, run.model.depth, run.layers, run.model.front_layers) == (
         family.name, family.depth, family.layers, family.front_layers,
     )  # fmt: skip
     kept = 0

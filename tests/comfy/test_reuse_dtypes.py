@@ -26,7 +26,7 @@ def test_weights_in_few_bits(family, dtype):
     _, trace = compare_reuse(family, model, positive, steps=2, **sampling)
     assert kinds(trace) == ["anchor", "reused"]
     for forecast in (True, False):
-        inputs = {"tau": 1.0, "update_interval": 2, "forecast": forecast}
+        inputs = {"max_keep": 1.0, "update_interval": 2, "forecast": forecast}
         _, trace = compare_reuse(family, model, positive, inputs=inputs, **sampling)
         assert kinds(trace) == ["anchor", "reused"] * 2 and last_run(trace).forecast == forecast
 

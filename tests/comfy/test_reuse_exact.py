@@ -16,11 +16,11 @@ by_method = pytest.mark.parametrize(
 
 
 @by_family
-@pytest.mark.parametrize("tau", [1.0, 0.5])
-def test_an_anchor_at_every_step_is_the_unpatched_model_bit_by_bit(family, tau):
+@pytest.mark.parametrize("max_keep", [1.0, 0.5])
+def test_an_anchor_at_every_step_is_the_unpatched_model_bit_by_bit(family, max_keep):
     model, start = shared(family), empty(family)
     positive = conditioning(family, [latent(family), latent(family, 12, 20, seed=1)])
-    patched, trace = patch(model, mode="reuse", tau=tau, update_interval=1, **layer_inputs(family))
+    patched, trace = patch(model, mode="reuse", max_keep=max_keep, update_interval=1, **layer_inputs(family))
     assert torch.equal(sample(patched, positive, latent=start), sample(model, positive, latent=start))
     assert set(kinds(trace)) == {"anchor"}
 
@@ -45,7 +45,7 @@ def test_reusing_equals_replacing_keys_and_values(family, method):
 @pytest.mark.parametrize("forecast", [True, False])
 def test_keeping_every_token(family, forecast, reuse_text):
     positive, start = conditioning(family, [latent(family)]), empty(family)
-    inputs = {"tau": 1.0, "update_interval": 2, "forecast": forecast, "reuse_text": reuse_text}
+    inputs = {"max_keep": 1.0, "update_interval": 2, "forecast": forecast, "reuse_text": reuse_text}
     compare_reuse(family, shared(family), positive, latent=start, inputs=inputs)
 
 
@@ -54,7 +54,7 @@ def test_a_forecast_changes_what_is_reused():
     positive, start = conditioning(FLUX1, [latent(FLUX1), latent(FLUX1, 12, 20, seed=1)]), empty(FLUX1)
     images = {}
     for forecast in (True, False):
-        inputs = {"tau": 0.7, "update_interval": 3, "forecast": forecast}
+        inputs = {"max_keep": 0.5, "update_interval": 3, "forecast": forecast}
         images[forecast], trace = compare_reuse(FLUX1, shared(FLUX1), positive, inputs=inputs, latent=start, steps=12)
         assert last_run(trace).forecast == forecast
     kept = [anchor.kept for anchor in last_run(trace).anchors]
@@ -80,7 +80,7 @@ def test_prompts_of_different_lengths(family):
 
 @by_family
 def test_conds_with_other_references(family):
-    """They keep different numbers of tokens, and ComfyUI batches them all the same."""
+    """Each keeps tokens of its own, and ComfyUI batches them all the same."""
     positive = conditioning(family, [latent(family)])
     negative = conditioning(family, [latent(family, seed=5)], seed=1)
     compare_reuse(family, shared(family), positive, negative, cfg=3.0, latent=empty(family))
@@ -133,7 +133,7 @@ def test_a_mask_that_another_patch_puts_on_inside():
         return model
 
     positive, start = conditioning(FLUX1, [latent(FLUX1)]), empty(FLUX1)
-    inputs = {"tau": 0.8, "update_interval": 3}
+    inputs = {"max_keep": 0.6, "update_interval": 3}
     patched, trace = patch(shared(FLUX1), mode="reuse", spacing="steps", **layer_inputs(FLUX1), **inputs)
     image = sample(masked(patched), positive, latent=start)
     expected = sample(masked(ReuseOracle(FLUX1, **inputs).attach(shared(FLUX1))), positive, latent=start)
@@ -156,10 +156,10 @@ def test_qwen_2511_with_its_own_reference_method():
 def test_anchors_spaced_by_sigma():
     """The default of this mode, on a schedule that is far from even."""
     positive, start = conditioning(FLUX1, [latent(FLUX1)]), empty(FLUX1)
-    patched, trace = patch(shared(FLUX1), mode="reuse", tau=0.8, update_interval=3, **layer_inputs(FLUX1))
+    patched, trace = patch(shared(FLUX1), mode="reuse", max_keep=0.6, update_interval=3, **layer_inputs(FLUX1))
     image = sample(patched, positive, latent=start, steps=9, scheduler="beta")
     anchors = tuple(step.index for step in last_run(trace).steps if step.kind == "anchor")
     assert len(anchors) == 3 and anchors != (0, 3, 6)
-    oracle = ReuseOracle(FLUX1, anchors, tau=0.8)
+    oracle = ReuseOracle(FLUX1, anchors, max_keep=0.6)
     expected = sample(oracle.attach(shared(FLUX1)), positive, latent=start, steps=9, scheduler="beta")
     assert difference(image, expected) < FLOAT_ERROR

@@ -25,19 +25,19 @@ from sampling import (
 )
 from small_models import FAMILIES, FLUX1, FLUX2, HIDDEN, QWEN, SmallControl, shared, with_lora
 
-REUSE = {"mode": "reuse", "tau": 0.75, "update_interval": 3}
+REUSE = {"mode": "reuse", "max_keep": 0.6, "update_interval": 3}
 
 
 def caches_alive() -> int:
     gc.collect()
-    kind = pack_module("topi_core.reuse").ContextCache
+    kind = pack_module("topi_core.kv").KVCache
     return sum(isinstance(thing, kind) and bool(thing.entries) for thing in gc.get_objects())
 
 
 @pytest.fixture
 def bytes_held(monkeypatch):
-    """Tells the bytes of all keys and values, and what changed of them; a dict that two caches share counts once."""
-    made, kind = [], pack_module("topi_core.reuse").ContextCache
+    """Tells the bytes of all keys and values, and of what changed of them."""
+    made, kind = [], pack_module("topi_core.kv").KVCache
 
     def make(*args):
         cache = kind(*args)
@@ -45,11 +45,9 @@ def bytes_held(monkeypatch):
         return cache
 
     def count() -> int:
-        live = [cache for ref in made if (cache := ref())]
-        parts = {id(part): part for cache in live for part in (cache.entries, cache.changes)}
-        return sum(x.nbytes for part in parts.values() for pair in part.values() for x in pair)
+        return sum(cache.nbytes for ref in made if (cache := ref()))
 
-    monkeypatch.setattr(pack_module("nodes.caches"), "ContextCache", make)
+    monkeypatch.setattr(pack_module("topi_core.kv"), "KVCache", make)
     return count
 
 
@@ -65,7 +63,7 @@ def test_the_record_says_what_the_cache_took(family, forecast):
     image = sample(patched, positive, negative, cfg=2.0, latent=empty(family))
     run, tokens = last_run(trace), family.text_tokens + 64
     assert run.cache_bytes == (2 if forecast else 1) * 2 * (2 * family.depth * tokens * HIDDEN * 4)
-    assert f"{run.cache_bytes / 1e6:.0f} MB of keys and values" in run.summary()
+    assert f"{run.cache_bytes / 1e6:.0f} MB of keys and values" in pack_module("topi_core.report").summary(run)
     report = run_node("ToPiReport", trace=trace, latent={"samples": image})[0]
     assert f"The kept keys and values took {run.cache_bytes / 1e6:,.1f} MB" in report and "reused step" in report
     assert ("from the second anchor on they were forecast" in report) == forecast
@@ -119,7 +117,7 @@ def test_without_room_for_a_forecast_there_is_none_and_the_log_says_so(monkeypat
         asked.append(more)
         return "device" if len(asked) != 2 else "host"
 
-    monkeypatch.setattr(pack_module("nodes.memory").Room, "where", where)
+    monkeypatch.setattr(pack_module("nodes.engine.memory").CallMemory, "where", where)
     caplog.clear()
     assert torch.equal(sample(patched, positive, latent=start, steps=8), expected)
     assert not last_run(trace).forecast and len(asked) == 4
@@ -135,7 +133,9 @@ def test_in_host_memory_it_is_the_same_and_nothing_is_forecast(monkeypatch, capl
     patched, trace = patch(shared(FLUX1), **layer_inputs(FLUX1), **REUSE)
     given_back = []
     monkeypatch.setattr(
-        pack_module("nodes.memory").Room, "where", lambda room, size, back=0: given_back.append(back) or "host"
+        pack_module("nodes.engine.memory").CallMemory,
+        "where",
+        lambda room, size, back=0: given_back.append(back) or "host",
     )
     caplog.clear()
     assert torch.equal(sample(patched, positive, latent=start), expected)
@@ -145,8 +145,9 @@ def test_in_host_memory_it_is_the_same_and_nothing_is_forecast(monkeypatch, capl
 
 
 def test_room_is_on_the_device_then_on_the_host_then_nowhere(monkeypatch):
-    room = pack_module("nodes.memory").Room
-    here = room(shared(FLUX1), torch.device("cpu"), reserve=2**20)
+    kind = pack_module("nodes.engine.memory").CallMemory
+    monkeypatch.setattr(kind, "reserve", 2**20)
+    here = kind(shared(FLUX1), HIDDEN, empty(FLUX1))
     assert here.where(1) == "device"
     assert here.where(2**50) is None
     free = {"cpu": 2**40, "meta": 0}
@@ -155,7 +156,7 @@ def test_room_is_on_the_device_then_on_the_host_then_nowhere(monkeypatch):
         return (free[dev.type], 0) if torch_free_too else free[dev.type]
 
     monkeypatch.setattr(comfy.model_management, "get_free_memory", free_memory)
-    there = room(shared(FLUX1), torch.device("meta"), reserve=2**20)
+    there = kind(shared(FLUX1), HIDDEN, empty(FLUX1).to("meta"))
     assert there.where(2**20) == "host"
     free["cpu"] = comfy.model_management.minimum_inference_memory() + 2**21
     assert there.where(2**20) == "host" and there.where(2**21) is None
@@ -168,17 +169,21 @@ def test_the_reserve_is_what_comfyui_says_a_call_takes(monkeypatch):
     Of two prompts half as much again, or ComfyUI would run each in a call of its own.
     """
     model = shared(FLUX1)
-    memory, picture = pack_module("nodes.memory").Memory(model, keys=HIDDEN), empty(FLUX1)
+    kind, picture = pack_module("nodes.engine.memory").CallMemory, empty(FLUX1)
     least = comfy.model_management.minimum_inference_memory()
-    assert memory.room(picture, [], 1).reserve == memory.room(picture, [], 2).reserve == least
+
+    def reserve(*call):
+        return kind(model, HIDDEN, *call).reserve
+
+    assert reserve(picture, [], 1) == reserve(picture, [], 2) == least
     large = torch.zeros(1).expand(2, 16, 128, 128)
-    alone, beside = (memory.room(large, [large] * count, 1).reserve for count in (0, 2))
+    alone, beside = (reserve(large, [large] * count, 1) for count in (0, 2))
     extra, step = comfy.model_management.extra_reserved_memory(), model.model.memory_required([2, 16, 128, 128])
     assert alone == step + extra > least
     assert beside - extra == pytest.approx(3 * step)
-    assert memory.room(large, [], 2).reserve == 1.5 * step
+    assert reserve(large, [], 2) == 1.5 * step
     monkeypatch.setattr(comfy.model_management, "EXTRA_RESERVED_VRAM", 2**50)
-    assert memory.room(large, [], 2).reserve == step + 2**50
+    assert reserve(large, [], 2) == step + 2**50
 
 
 @pytest.mark.parametrize("negative", [False, True])
@@ -191,10 +196,8 @@ def test_the_old_keys_are_gone_before_room_is_asked_for_new_ones(monkeypatch, by
         asked.append(size)
         return "device" if bytes_held() + size <= 1.25 * asked[0] else None
 
-    monkeypatch.setattr(pack_module("nodes.memory").Room, "where", where)
-    patched, trace = patch(
-        shared(FLUX1), **layer_inputs(FLUX1), mode="reuse", tau=1.0, update_interval=2, forecast=forecast
-    )
+    monkeypatch.setattr(pack_module("nodes.engine.memory").CallMemory, "where", where)
+    patched, trace = patch(shared(FLUX1), **layer_inputs(FLUX1), mode="reuse", update_interval=2, forecast=forecast)
     second = dict(negative=conditioning(FLUX1, [latent(FLUX1)], seed=5), cfg=2.0) if negative else {}
     sample(patched, conditioning(FLUX1, [latent(FLUX1)]), latent=empty(FLUX1), steps=8, **second)
     run = last_run(trace)
@@ -204,14 +207,14 @@ def test_the_old_keys_are_gone_before_room_is_asked_for_new_ones(monkeypatch, by
 
 def test_a_second_call_of_an_anchor_takes_the_place_of_the_first(monkeypatch, bytes_held):
     """dpm_2 calls the model twice a step: with a forecast there is never more than was asked for."""
-    most, put = [0], pack_module("topi_core.reuse").ContextCache.put
+    most, put = [0], pack_module("topi_core.kv").KVCache.put
 
     def counted(cache, *args):
         put(cache, *args)
         most[0] = max(most[0], bytes_held())
 
-    monkeypatch.setattr(pack_module("topi_core.reuse").ContextCache, "put", counted)
-    patched, trace = patch(shared(FLUX1), **layer_inputs(FLUX1), mode="reuse", tau=1.0, update_interval=2)
+    monkeypatch.setattr(pack_module("topi_core.kv").KVCache, "put", counted)
+    patched, trace = patch(shared(FLUX1), **layer_inputs(FLUX1), mode="reuse", update_interval=2)
     sample(patched, conditioning(FLUX1, [latent(FLUX1)]), latent=empty(FLUX1), steps=6, sampler="dpm_2")
     run = last_run(trace)
     assert run.forecast and len(run.anchors) == 3
@@ -219,19 +222,19 @@ def test_a_second_call_of_an_anchor_takes_the_place_of_the_first(monkeypatch, by
 
 
 @pytest.mark.parametrize("error", ["OutOfMemoryError", "AcceleratorError"])
-@pytest.mark.parametrize("when", ["put", "get"])
+@pytest.mark.parametrize("when", ["put", "read"])
 def test_out_of_memory_the_run_goes_on_in_full_and_says_so(monkeypatch, caplog, when, error):
     """At the first anchor, or in the first step that reuses: what had gone wrong is done again without the keys."""
     if error == "AcceleratorError" and not hasattr(comfy.model_management, "is_oom"):
         pytest.skip(f"ComfyUI {comfyui_version.__version__} takes no AcceleratorError for lack of memory")
-    kind, calls = pack_module("topi_core.reuse").ContextCache, []
+    kind, calls = pack_module("topi_core.kv").KVCache, []
     method = getattr(kind, when)
 
-    def full(cache, place, *args):
-        calls.append(place)
+    def full(cache, site, *args):
+        calls.append(site)
         if len(calls) > FLUX1.depth // 2:
             raise getattr(torch, error)("CUDA error: out of memory")
-        return method(cache, place, *args)
+        return method(cache, site, *args)
 
     positive, start = conditioning(FLUX1, [latent(FLUX1)]), empty(FLUX1)
     expected = sample(shared(FLUX1), positive, latent=start)
@@ -245,7 +248,7 @@ def test_out_of_memory_the_run_goes_on_in_full_and_says_so(monkeypatch, caplog, 
     assert "Nothing was reused: there was no room for the references' keys and values" in text
     said = [r.getMessage() for r in caplog.records if "ran out of memory" in r.getMessage()]
     assert len(said) == 1 and len(calls) == FLUX1.depth // 2 + 1
-    monkeypatch.setattr(pack_module("nodes.caches").Caches, "give_up", lambda caches: False)
+    monkeypatch.setattr(pack_module("topi_core.kv").KVStore, "give_up", lambda store: False)
     calls.clear()
     with pytest.raises(getattr(torch, error)):
         sample(patched, positive, latent=start)
@@ -253,11 +256,9 @@ def test_out_of_memory_the_run_goes_on_in_full_and_says_so(monkeypatch, caplog, 
 
 def test_page_locked_memory_is_given_back_wherever_the_last_keys_lay(monkeypatch):
     places, given = iter(["device", "host", "device"]), []
-    monkeypatch.setattr(pack_module("nodes.memory").Room, "where", lambda room, size, back=0: next(places))
-    monkeypatch.setattr(pack_module("nodes.caches"), "release_pinned", lambda: given.append(None))
-    patched, trace = patch(
-        shared(FLUX1), **layer_inputs(FLUX1), mode="reuse", tau=1.0, update_interval=2, forecast=False
-    )
+    monkeypatch.setattr(pack_module("nodes.engine.memory").CallMemory, "where", lambda room, size, back=0: next(places))
+    monkeypatch.setattr(pack_module("topi_core.kv"), "release_pinned", lambda: given.append(None))
+    patched, trace = patch(shared(FLUX1), **layer_inputs(FLUX1), mode="reuse", update_interval=2, forecast=False)
     sample(patched, conditioning(FLUX1, [latent(FLUX1)]), latent=empty(FLUX1), steps=6)
     assert len(last_run(trace).anchors) == 3 and next(places, None) is None
     assert len(given) == 1  # at the end
@@ -266,10 +267,10 @@ def test_page_locked_memory_is_given_back_wherever_the_last_keys_lay(monkeypatch
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 def test_what_is_asked_for_is_what_is_kept(monkeypatch, family):
     """In every family, whatever its heads share; forecast it is twice as much, and no more is asked for after that."""
-    asked, room = [], pack_module("nodes.memory").Room
+    asked, room = [], pack_module("nodes.engine.memory").CallMemory
     where = room.where
     monkeypatch.setattr(room, "where", lambda self, size, back=0: asked.append(size) or where(self, size, back))
-    patched, trace = patch(shared(family), **layer_inputs(family), mode="reuse", tau=1.0, update_interval=2)
+    patched, trace = patch(shared(family), **layer_inputs(family), mode="reuse", update_interval=2)
     sample(patched, conditioning(family, [latent(family)]), latent=empty(family), steps=6)
     run = last_run(trace)
     assert len(run.anchors) == 3 and run.forecast
@@ -278,13 +279,13 @@ def test_what_is_asked_for_is_what_is_kept(monkeypatch, family):
 
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("cache", ["EasyCache", "LazyCache"])
-@pytest.mark.parametrize(("tau", "forecast"), [(0.75, False), (1.0, True)])
-def test_caches_that_skip_steps(cache, order, tau, forecast):
+@pytest.mark.parametrize(("max_keep", "forecast"), [(0.6, False), (1.0, True)])
+def test_caches_that_skip_steps(cache, order, max_keep, forecast):
     """An anchor among the skipped steps happens at the next one that is computed.
 
     The oracle does not see skipped steps, so it cannot know whether a choice was made that none of them used.
     """
-    family, inputs = FLUX1, {"tau": tau, "update_interval": 3, "forecast": forecast}
+    family, inputs = FLUX1, {"max_keep": max_keep, "update_interval": 3, "forecast": forecast}
     positive, negative = conditioning(family, [latent(family)]), conditioning(family, [latent(family)], seed=1)
     sampling = dict(latent=empty(family), cfg=1.5, steps=16)
     model = shared(family)

@@ -57,7 +57,7 @@ def test_tau_one_is_the_workflow_without_topi(queue):
 
 def test_two_references(queue):
     _, outputs = queue("put the star of the second image into the first")
-    assert outputs["ToPiReport"]["run"][0]["anchors"][0]["context_tokens"] == 128
+    assert outputs["ToPiReport"]["run"][0]["anchors"][0]["reference_tokens"] == 128
 
 
 def test_an_error_reaches_the_user_and_the_next_queue_is_served(queue):

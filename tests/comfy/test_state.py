@@ -232,7 +232,7 @@ def test_two_patched_models_in_turns():
         for family, (model, _) in models.items():
             assert torch.equal(image(model, family), fresh[family])
     for family, (_, trace) in models.items():
-        assert [run.family for run in trace.runs] == [family.name] * 2
+        assert [run.model.family for run in trace.runs] == [family.name] * 2
 
 
 def test_a_run_is_the_same_after_another_model_was_compared():

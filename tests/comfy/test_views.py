@@ -14,7 +14,6 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from small_models import by_family, shared
 
 import nodes
-from topi_core.trace import Bits
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +80,7 @@ def test_masks_are_the_kept_tokens_in_the_image(demo):
         assert overlay.shape == (*mask.shape, 3)
         for anchor, frame, drawn in zip(anchors, mask, overlay, strict=True):
             grid = anchor.layout.reference_grids[reference]
-            first = anchor.layout.references[reference].start - anchor.layout.context.start
+            first = anchor.layout.references[reference].start - anchor.layout.reference.start
             kept = anchor.kept[0, first : first + grid[0] * grid[1]].view(grid)
             rows, columns = crop
             size = (rows.stop - rows.start, columns.stop - columns.start)
@@ -122,7 +121,7 @@ def test_every_family_s_picture_is_drawn(family):
     assert torch.equal(
         mask[0, :: cell * family.patch, :: cell * family.patch].flatten(), newest.anchors[0].kept[0] * 1.0
     )
-    event = pack_module("nodes.events").message("7", newest, newest.anchors[0])
+    event = pack_module("nodes.support.events").message("7", newest, newest.anchors[0])
     (live,) = (Image.open(io.BytesIO(base64.b64decode(p.partition(",")[2]))) for p in event["pictures"])
     assert live.size[0] % width == 0 and live.size[0] * height == live.size[1] * width
 
@@ -141,7 +140,7 @@ def test_a_planted_part_of_the_picture_is_what_lights_up(demo):
     newest = trace.runs[-1]
     planted = torch.zeros(1, 8, 11, dtype=torch.bool)
     planted[0, 2, 10] = planted[0, 7, 0] = True
-    newest.anchors[:] = [replace(newest.anchors[0], bits=Bits.of(planted.flatten(1)))]
+    newest.anchors[:] = [replace(newest.anchors[0], kept=planted.flatten(1))]
     _, mask = run_node("ToPiMaskPreview", trace=trace, latent=latent, image=image)
     expected = torch.zeros(1, 133, 171)
     expected[0, 2 + 32 : 2 + 48, 1 + 160 : 1 + 168] = 1  # the last token of a row covers one cell of two
@@ -263,11 +262,11 @@ def test_compare(demo):
 
 
 def test_the_record_is_small(demo):
-    """Bits of the masks, one picture of the references, a few marks of the result; `bench/record.py` times it."""
+    """A byte per token of the masks, one picture of the references, a few marks of the result; `bench/record.py` times it."""
     trace, _ = run(demo, scene(1), tau=0.6)
     newest = trace.runs[-1]
     anchors = {id(anchor.references): anchor.references for anchor in newest.anchors}
     pictures = sum(reference.picture.nbytes for references in anchors.values() for reference in references)
     assert pictures == 16 * 16 * 3  # once a run, a byte a channel and cell
-    assert [anchor.bits.packed.nbytes for anchor in newest.anchors] == [64 // 8] * 2
+    assert [anchor.kept.nbytes for anchor in newest.anchors] == [64] * 2
     assert newest.marks.nbytes <= 4 * 256

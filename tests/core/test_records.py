@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from topi_core.config import AnchorSettings, KeepSettings, Model, Settings, parse_layers
+from topi_core.config import KeepSettings, Model, Settings, parse_layers
 from topi_core.trace import Run, Trace
 
 GOOD = dict(family="flux1", depth=57, layers=(13, 18, 31), front_layers=10)
@@ -25,22 +25,15 @@ def test_the_core_needs_no_comfyui():
 
 
 @pytest.mark.parametrize(
-    ("part", "wrong", "sentence"),
+    ("wrong", "sentence"),
     [
-        (KeepSettings, dict(tau=1.3), r"tau must be in \[0, 1\], got 1.3"),
-        (KeepSettings, dict(tau=float("nan")), "tau must be in"),
-        (KeepSettings, dict(min_keep=0.6, max_keep=0.5), "min_keep must not be above max_keep, got 0.6 and 0.5"),
-        (AnchorSettings, dict(update_interval=-1), r"update_interval must be in \[0, 1000\], got -1"),
-        (AnchorSettings, dict(start_percent=0.6, end_percent=0.5), "start_percent must not be above"),
-        (AnchorSettings, dict(spacing="even"), "spacing must be one of auto, steps, sigma, got 'even'"),
-        (Settings, dict(mode="merge"), "mode must be one of reuse, prune, got 'merge'"),
-        (Model, GOOD | dict(layers=(3, 57)), r"layers must be in \[0, 56\] for this model, got 57"),
-        (Model, GOOD | dict(front_layers=57), r"front_layers must be in \[0, 56\]"),
+        (dict(layers=(3, 57)), r"layers must be in \[0, 56\] for this model, got 57"),
+        (dict(front_layers=57), r"front_layers must be in \[0, 56\]"),
     ],
 )
-def test_settings_refuse_what_is_wrong(part, wrong, sentence):
+def test_layers_beyond_the_model_are_refused(wrong, sentence):
     with pytest.raises(ValueError, match=sentence):
-        part(**wrong)
+        Model(**GOOD | wrong)
 
 
 def test_each_mode_has_its_own_defaults():
