@@ -41,8 +41,8 @@ class ToPiPatch(io.ComfyNode):
                     "mode", options=list(MODES), default="reuse",
                     tooltip="reuse: between anchors no reference token is computed, the picture sees their keys and "
                     "values of the anchor; it takes memory, and on the demo model it is faster and closer to the "
-                    "unpatched image. prune: the paper's method with its settings; dropped tokens leave the sequence "
-                    "until the next anchor.",
+                    "unpatched image. prune: the paper's method with its published settings; dropped tokens leave the "
+                    "sequence until the next anchor.",
                 ),
                 io.Int.Input(
                     "update_interval", default=0, min=0, max=1000,
@@ -54,11 +54,12 @@ class ToPiPatch(io.ComfyNode):
                 io.Float.Input(
                     "tau", default=0.85, min=0.0, max=1.0, step=0.01,
                     tooltip="For prune: share of the references' influence that is kept. Lower is faster, and 1 gives "
-                    "the unpatched image, bit for bit. Reuse keeps every token, whatever stands here.",
+                    "the unpatched image, bit for bit. Reuse, which keeps every token, does not use it.",
                 ),
                 SettingsType.Input(
                     "settings", optional=True,
-                    tooltip="From ToPi Settings: what is seldom changed. Without it the defaults of that node count.",
+                    tooltip="From ToPi Settings, which has what rarely needs changing. Without it that node's defaults "
+                    "apply.",
                 ),
             ],
             outputs=[

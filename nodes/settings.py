@@ -1,4 +1,4 @@
-"""ToPi Settings: what is seldom changed of ToPi Patch, in a node of its own."""
+"""ToPi Settings: what rarely needs changing in ToPi Patch, in a node of its own."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class ToPiSettings(io.ComfyNode):
             node_id="ToPiSettings",
             display_name="ToPi Settings",
             category="ToPi",
-            description="What is seldom changed of ToPi Patch: its layers, where its anchors stand, how many tokens "
-            "are kept. With the defaults it changes nothing.",
+            description="The settings of ToPi Patch that rarely need changing: its layers, where its anchors stand, "
+            "how many tokens are kept. With the defaults it changes nothing.",
             inputs=[
                 io.Combo.Input(
                     "profile", options=["auto", *profile_files.names()], default="auto",

@@ -24,7 +24,7 @@ from pathlib import Path
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 TEXTS = ("text", "prompt", "instruction", "value")
 SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced")
-PATCH, LISTEN, SAVE = "ToPiPatch", "ToPiCalibrate", "ToPiSaveProfile"
+PATCH, SETTINGS, LISTEN, SAVE = "ToPiPatch", "ToPiSettings", "ToPiCalibrate", "ToPiSaveProfile"
 
 
 class Problem(Exception):
@@ -193,11 +193,11 @@ class Server:
         return history[queued]["outputs"]
 
     def profiles(self) -> list[str]:
-        """The names that ToPi Patch knows; Problem where the server has no ToPi."""
-        known = self.ask(f"/object_info/{PATCH}")
+        """The names that ToPi Settings knows; Problem where the server has no ToPi."""
+        known = self.ask(f"/object_info/{SETTINGS}")
         if not known:
             raise Problem(f"the ComfyUI at {self.address} has no ToPi: install the pack there first")
-        spec = known[PATCH]["input"]["required"]["profile"]
+        spec = known[SETTINGS]["input"]["required"]["profile"]
         return spec[1]["options"] if spec[0] == "COMBO" else spec[0]
 
 

@@ -23,6 +23,7 @@ from .setup import CHROMIUM
 ROOT = Path(__file__).resolve().parents[1]
 NODES = (
     "ToPiPatch",
+    "ToPiSettings",
     "ToPiMaskPreview",
     "ToPiReport",
     "ToPiCompare",
@@ -48,6 +49,12 @@ SHOW_GROUPS = """
   const [x, y] = [left + app.canvas.ds.offset[0], top + app.canvas.ds.offset[1]];
   return { x: x * scale, y: y * scale, width: (right - left) * scale, height: (bottom - top) * scale };
 }
+"""
+ADD_SETTINGS = """
+const settings = LiteGraph.createNode("ToPiSettings");
+settings.pos = [3000, 60];
+app.rootGraph.add(settings);
+settings.connect(0, topiTest.node("ToPiPatch"), "settings");
 """
 ADD_COMPARE = """
 const compare = LiteGraph.createNode("ToPiCompare");
@@ -82,10 +89,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, running(Path(folder, "log.txt"), PACK_NAME) as server:
         pretend_to_have_models(server)
         with browser(chromium, Path(folder, "profile"), height=1000) as context:
+            if not names:
+                quickstart(Page(context.new_page(), server.address))  # before there is a profile of one pair
             page = Page(context.pages[0], server.address)
             page.open(vue=True)
             page.load_template("topi_quickstart_demo")
-            page.run(f"() => {{{ADD_COMPARE} {ADD_CALIBRATION}}}")
+            page.run(f"() => {{{ADD_SETTINGS} {ADD_COMPARE} {ADD_CALIBRATION}}}")
             page.queue()
             for name in names or NODES:
                 page.look_at(name)
@@ -98,7 +107,6 @@ def main() -> None:
             frame = context.request.get(page.run("topiTest.images('ToPiMaskPreview')[0].src")).body()
             frame = Image.open(BytesIO(frame)).convert("RGB").resize((400, 400), Image.NEAREST)
             frame.save(WORKFLOWS / f"{QUICKSTART}.jpg", quality=85)
-            quickstart(Page(context.new_page(), server.address))
             thumbnails(Page(context.new_page(), server.address))
 
 

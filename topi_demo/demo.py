@@ -36,14 +36,14 @@ EDITS = (  # one of each group of the grammar that changes something
 
 @dataclass(frozen=True)
 class Way:
-    """How ToPi Patch is set: tau, update_interval, mode."""
+    """How ToPi Patch is set, in the order of its inputs. An interval of 0 is the mode's own; reuse does not use tau."""
 
-    tau: float
-    update_interval: int
     mode: str
+    update_interval: int = 0
+    tau: float = 0.85
 
 
-WAYS = {"prune": Way(0.85, 10, "prune"), "reuse": Way(1.0, 5, "reuse")}
+WAYS = {mode: Way(mode) for mode in ("prune", "reuse")}
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def variant(workflow: dict, seed: int, instruction: str, way: Way | None) -> dic
         elif node["type"] == "ToPiPatch":
             node["mode"] = ALWAYS if way else BYPASSED
             if way:
-                node["widgets_values"][:3] = way.tau, way.update_interval, way.mode
+                node["widgets_values"] = [way.mode, way.update_interval, way.tau]
         elif (
             node["type"].startswith("ToPi") and node["inputs"] and node["inputs"][0]["type"] == "TOPI_TRACE" and not way
         ):

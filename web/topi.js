@@ -162,7 +162,7 @@ function liveViewer(node) {
   const picture = pictures();
   const status = element("div", "topi-status");
   root.append(picture.root, status);
-  addWidget(node, root, 150);
+  addWidget(node, root, 220);
   return (anchor) => {
     const images = anchor.pictures.map((source) => Object.assign(new Image(), { src: source, draggable: false }));
     picture.show(images);

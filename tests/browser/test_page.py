@@ -66,6 +66,23 @@ def test_the_patch_node_shows_the_newest_anchor_live(page):
     assert page.run(f"topiTest.ready('{PATCH}')")
 
 
+def test_settings_reach_the_run_and_are_gone_with_their_node(page):
+    before = counts(page)[1]
+    page.run(
+        """() => {
+          const settings = LiteGraph.createNode("ToPiSettings");
+          app.rootGraph.add(settings);
+          settings.connect(0, topiTest.node("ToPiPatch"), "settings");
+        }"""
+    )
+    page.set("ToPiSettings", "max_keep", 0.25)
+    page.queue()
+    assert counts(page)[1:] == (16, 64)
+    page.run("app.rootGraph.remove(topiTest.node('ToPiSettings'))")
+    page.queue()
+    assert counts(page)[1] == before > 16
+
+
 def test_a_setting_turns_the_live_view_off(page):
     page.run("app.extensionManager.setting.set('topi.live', false)")
     try:
