@@ -262,7 +262,7 @@ def test_compare(demo):
 
 
 def test_the_record_is_small(demo):
-    """A byte per token of the masks, one picture of the references, a few marks of the result; `bench/record.py` times it."""
+    """A byte per token of the masks, one picture of the references, a few values of the result (`bench/record.py`)."""
     trace, _ = run(demo, scene(1), tau=0.6)
     newest = trace.runs[-1]
     anchors = {id(anchor.references): anchor.references for anchor in newest.anchors}

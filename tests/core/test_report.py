@@ -54,11 +54,6 @@ def test_table():
     assert any(line.startswith("speed-up") for line in lines)
 
 
-def test_reuse_has_no_tau():
-    lines = text(run([], mode="reuse", update_interval=5)).splitlines()
-    assert lines[1] == "mode reuse, forecast, update_interval 5 (sigma), influence"
-
-
 def test_a_batch_is_counted_by_image():
     assert "3, 1 of 4 (50.0%)" in text(run(["anchor", "pruned"]))
 
