@@ -25,7 +25,7 @@ from statistics import median
 import torch
 
 from topi_core.cost import layer_flops
-from topi_core.reuse import TEXT_LEFT
+from topi_core.savings.reuse import TEXT_LEFT
 from topi_demo.provenance import read, setting
 from topi_demo.runtime import load_pack, patch
 

@@ -6,7 +6,7 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..topi_core.overlay import draw, geometry, kept_of, weight_of
+from ..topi_core.overlay import Size, draw, geometry, kept_of, weight_of
 from ..topi_core.report import why_nothing
 from ..topi_core.trace import Anchor, Run
 from .patch import TraceType
@@ -71,9 +71,18 @@ class ToPiMaskPreview(io.ComfyNode):
         return io.NodeOutput(
             overlay,
             mask,
-            ui=shown
-            | {"frames": facts, "note": (f"nothing was {run.verb}: {why}" if (why := why_nothing(run)) else "",)},
+            ui=shown | {"frames": facts, "note": (note(run),)},
         )
+
+
+def note(run: Run) -> str:
+    """What has to be said beside the frames."""
+    why = why_nothing(run)
+    if why:
+        return f"nothing was {run.verb}: {why}"
+    if run.anchors and all(anchor.ranks is None for anchor in run.anchors):
+        return "no influence was scored, as nothing looked on while this run was sampled: change the seed"
+    return ""
 
 
 def anchors_with(run: Run, reference: int) -> list[Anchor]:
@@ -130,7 +139,7 @@ def picture(run: Run, anchor: Anchor, reference: int, image: Tensor | None) -> T
     return image[..., :3] if len(image) == images else image[:1, ..., :3].expand(images, -1, -1, -1)
 
 
-def pixels(run: Run, anchor: Anchor, reference: int, values: Tensor, size: tuple[int, int]) -> Tensor:
+def pixels(run: Run, anchor: Anchor, reference: int, values: Tensor, size: Size) -> Tensor:
     """A reference's tokens [images, tokens] as the pixels that they came from, of an image of this size."""
     place = geometry(run, anchor, reference)
     return torch.stack([place.spread(row, size) for row in values])

@@ -129,10 +129,12 @@ class Model:
     profile: str = ""
 
     def __post_init__(self) -> None:
-        for name, values in (("layers", self.layers), ("front_layers", (self.front_layers,))):
-            for value in values:
-                if not 0 <= value < self.depth:
-                    raise ValueError(f"{name} must be in [0, {self.depth - 1}] for this model, got {value}")
+        last = self.depth - 1
+        wrong = [layer for layer in self.layers if not 0 <= layer <= last]
+        if wrong:
+            raise ValueError(f"layers must be in [0, {last}] for this model, got {wrong[0]}")
+        if not 0 <= self.front_layers <= last:
+            raise ValueError(f"front_layers must be in [0, {last}] for this model, got {self.front_layers}")
 
 
 def _within(name: str, value: float, low: float, high: float) -> None:

@@ -11,7 +11,7 @@ from .trace import Anchor, Run
 
 GOLD = (1.0, 0.78, 0.10)
 FAINT = 0.1  # weight of the kept token with the least influence
-Size = tuple[int, int]
+Size = tuple[int, ...]
 """Height, width."""
 
 

@@ -212,7 +212,7 @@ class CondKey(NamedTuple):
     """
 
     uuid: UUID
-    index: int
+    side: int
     replaced: frozenset[tuple]
     window: tuple[int, ...] = ()
 

@@ -58,7 +58,7 @@ class References:
                 own = [latent[i * images : (i + 1) * images] for latent in latents]
                 known = next((some for some in self.sets if some.same(own, layout)), None)
                 if known is None:
-                    pictures = tuple(Reference(tuple(x.shape[-2:]), self.picture(x)) for x in own)
+                    pictures = tuple(Reference((x.shape[-2], x.shape[-1]), self.picture(x)) for x in own)
                     known = ReferenceSet(own, layout, pictures)
                     self.sets.append(known)
                 self.of_cond[cond] = known

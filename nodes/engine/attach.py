@@ -112,13 +112,21 @@ class Patch:
         """One call of the network."""
         given = Arguments(self.family, executor, args, kwargs)
         engine = given.options.get(KEY)
+        why = None
         if not isinstance(engine, Engine) or "sample_sigmas" not in given.options:
-            return self._without("this sampler does not go through ComfyUI's sampling", executor, given)
-        if given.latent.shape[0] != len(given.options["uuids"]) * engine.images:
-            return self._without("another patch splits the batch that ComfyUI made of the prompts", executor, given)
-        if not engine.takes(given.network):
+            why = "ToPi: this sampler does not go through ComfyUI's sampling, so the model runs without ToPi"
+        elif given.latent.shape[0] != len(given.options["uuids"]) * engine.images:
+            why = (
+                "ToPi: another patch splits the batch that ComfyUI made of the prompts, so the model runs without ToPi"
+            )
+        elif not engine.takes(given.network):
             kind = class_of(given.network)
-            return self._without(f"this run has a second model, of another kind ({kind})", executor, given)
+            why = f"ToPi: this run has a second model, of another kind ({kind}): without ToPi"
+        if why is not None:
+            if why not in self.warned:
+                self.warned.add(why)
+                log.warning(why)
+            return executor(*args, **kwargs)
         try:
             return self._call(executor, given, engine)
         except Exception as error:
@@ -132,13 +140,6 @@ class Patch:
         output = carry_out(plan, call, executor, given, engine.blocks_of(given.network), engine.compiled)
         engine.end(plan, call, output)
         return output
-
-    def _without(self, why: str, executor, given: Arguments) -> Tensor:
-        """The call as it would be without ToPi; the log says why, once per node."""
-        if why not in self.warned:
-            self.warned.add(why)
-            log.warning("ToPi: %s, so the model runs without ToPi", why)
-        return executor(*given.args, **given.kwargs)
 
 
 def _out_of_memory(error: Exception) -> bool:

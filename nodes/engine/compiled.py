@@ -99,7 +99,7 @@ class Backend:
 
     backend: str | Callable
 
-    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor], **how) -> Callable:
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list, **how) -> Any:
         if self.backend != "inductor":
             return lookup_backend(self.backend)(graph, inputs, **how)
         options = torch._inductor.list_mode_options(how.get("mode", "default")) | how.get("options", {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import comfy.model_management as mm
 import torch
@@ -54,5 +55,5 @@ class CallMemory:
             return "device"
         host = torch.device("cpu")
         most = 2 * max(0, size - back)  # torch rounds each block of page-locked memory up to a power of two
-        fits = device != host and mm.get_free_memory(host) >= most + mm.minimum_inference_memory()
-        return "host" if fits else None
+        free: Any = mm.get_free_memory(host)
+        return "host" if device != host and free >= most + mm.minimum_inference_memory() else None

@@ -35,7 +35,8 @@ class Recorder:
         if ran:
             step.flops += len(call.conds) * call_flops(model, plan, layout)
             step.full_flops += len(call.conds) * call_flops(model, Plan(), layout)
-        step.kind = max(step.kind, kind, key=get_args(Kind).index)
+        if get_args(Kind).index(kind) > get_args(Kind).index(step.kind):
+            step.kind = kind
         step.tokens = max(step.tokens, plan.cut.tokens(layout) if plan.cut else layout.tokens)
         if plan.cut is not None and plan.cut.stand_in is not None:
             step.keys = max(step.keys or 0, plan.cut.key_tokens(layout))

@@ -44,13 +44,17 @@ def announce(node_id: str, run: Run, anchor: Anchor) -> None:
 
 
 def watched() -> bool:
-    """Whether anybody will look at a run's scores: a page, or a ToPi Mask Preview in a prompt that is running."""
-    server = getattr(PromptServer, "instance", None)
-    if server is None:  # no prompt, so nobody knows what comes after
+    """Whether anybody will look at a run's scores: a page, or a ToPi Mask Preview in a prompt that is running.
+
+    Where that cannot be told, as outside of a prompt, somebody may.
+    """
+    try:
+        server = PromptServer.instance
+        running, _ = server.prompt_queue.get_current_queue()
+        nodes = [node for _, _, prompt, *_ in running for node in prompt.values()]
+        return not nodes or _watched(server) or any(node["class_type"] == "ToPiMaskPreview" for node in nodes)
+    except Exception:
         return True
-    running, _ = server.prompt_queue.get_current_queue()
-    nodes = (node for _, _, prompt, *_ in running for node in prompt.values())
-    return _watched(server) or any(node.get("class_type") == "ToPiMaskPreview" for node in nodes)
 
 
 def _watched(server: PromptServer) -> bool:

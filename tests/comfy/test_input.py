@@ -78,7 +78,7 @@ def test_the_node_alone_is_the_node_with_the_defaults_of_its_settings():
 
 def test_reuse_keeps_every_token_whatever_tau_says():
     told = settings_of(patch(shared(FLUX1), mode="reuse", tau=0.3)[0])
-    assert told.keeps_all and (told.tau, told.update_interval, told.anchor_spacing) == (1.0, 5, "sigma")
+    assert told.keeps_all and (told.tau, told.update_interval, told.spacing) == (1.0, 5, "sigma")
     assert not settings_of(patch(shared(FLUX1), mode="reuse", max_keep=0.5)[0]).keeps_all
 
 

@@ -76,8 +76,8 @@ def test_a_saved_profile_is_offered_and_used(folders):
     for profile in ("flux/mine.safetensors", "auto"):
         patched, trace = patch(shared(FLUX1), profile=profile)
         run(calibrating, patched)
-        assert last_run(trace).layers == last_calibration(calibrating).top(3) and not last_run(trace).found
-        assert last_run(trace).settings.profile == "flux/mine.safetensors"
+        assert last_run(trace).layers == last_calibration(calibrating).top(3) and not last_run(trace).found_layers
+        assert last_run(trace).model.profile == "flux/mine.safetensors"
 
 
 def test_merging_on_disk_is_exact_and_knows_a_pair_again(folders):
@@ -198,7 +198,7 @@ def test_links_that_leave_the_folder_are_neither_read_nor_written(folders, tmp_p
     patched, trace = patch(shared(FLUX1))
     model, calibrating = calibrate(shared(FLUX1))
     made = run(calibrating, patched, steps=1)
-    assert last_run(trace).found
+    assert last_run(trace).found_layers
     made = run(calibrating, model)
     with pytest.raises(ValueError, match="name leads out of output/topi through a link"):
         save(calibrating, made, "out/mine")
@@ -259,8 +259,8 @@ def test_auto_takes_the_profile_of_what_the_model_is(folders, family):
         profiles.write(make(other, (0, 3), depth=57, date="2027"), folders[0] / f"{other.name} deep.safetensors")
     patched, trace = patch(shared(family))
     run(None, patched, family=family)
-    assert last_run(trace).layers == (0, 2) and last_run(trace).front_layers == 1
-    assert last_run(trace).settings.layers == (0, 2)
+    assert last_run(trace).layers == (0, 2) and last_run(trace).model.front_layers == 1
+    assert last_run(trace).model.layers == (0, 2)
 
 
 def test_auto_prefers_the_newest_of_the_users(folders):
@@ -283,7 +283,7 @@ def test_auto_takes_the_demo_models_own_profile(folders):
 def _layers(model):
     patched, _ = patch(model)
     wrapper = patched.wrappers["outer_sample"]["topi"][0]
-    return wrapper.__self__.settings.layers
+    return wrapper.__self__.model.layers
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ def test_what_is_typed_takes_the_place_of_the_profiles(folders, inputs):
     run(None, patched)
     found = last_run(trace)
     assert found.layers == ((1, 4) if "layers" in inputs else (2, 6))
-    assert found.front_layers == inputs.get("front_layers", 1)
+    assert found.model.front_layers == inputs.get("front_layers", 1)
 
 
 def test_the_folders_need_not_be_there(folders):

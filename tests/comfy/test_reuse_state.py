@@ -45,7 +45,8 @@ def bytes_held(monkeypatch):
         begin(cache, *args)
 
     def count() -> int:
-        return sum(cache.nbytes for cache in {id(c): c for ref in made if (c := ref())}.values())
+        live = {id(cache): cache for ref in made if (cache := ref())}
+        return sum(cache.nbytes for cache in live.values())
 
     monkeypatch.setattr(kind, "open", noted)
     return count

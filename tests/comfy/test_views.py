@@ -269,4 +269,4 @@ def test_the_record_is_small(demo):
     pictures = sum(reference.picture.nbytes for references in anchors.values() for reference in references)
     assert pictures == 16 * 16 * 3  # once a run, a byte a channel and cell
     assert [anchor.kept.nbytes for anchor in newest.anchors] == [64] * 2
-    assert newest.marks.nbytes <= 4 * 256
+    assert newest.fingerprint.nbytes <= 4 * 256

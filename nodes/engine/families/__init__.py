@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from . import boogu, flux, joyimage, krea2, mage_flow, omnigen2, qwen_image
-from .family import Family, class_of
+from .family import Family, Network, class_of
 
 FAMILIES: tuple[Family, ...] = (
     flux.FLUX1,
@@ -19,7 +17,7 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
-def family_of(network: nn.Module) -> Family:
+def family_of(network: Network) -> Family:
     """The family of a diffusion network; ValueError that names what was found and what is supported."""
     for family in FAMILIES:
         if family.matches(network):

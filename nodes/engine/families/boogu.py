@@ -5,17 +5,15 @@ Its double blocks attend twice: over everything, which is what ToPi listens to, 
 
 from __future__ import annotations
 
-from torch import nn
-
-from .family import REACHED_FROM_OUTSIDE, Block, Family
+from .family import REACHED_FROM_OUTSIDE, Block, Family, Network
 
 
-def _blocks(network: nn.Module) -> list[Block]:
+def _blocks(network: Network) -> list[Block]:
     double = [Block("double_block", i, layer) for i, layer in enumerate(network.double_stream_layers)]
     return double + [Block("single_block", i, layer) for i, layer in enumerate(network.single_stream_layers)]
 
 
-def _keys(network: nn.Module) -> int:
+def _keys(network: Network) -> int:
     double = [a for block in network.double_stream_layers for a in (block.img_instruct_attn, block.img_self_attn)]
     attentions = double + [block.attn for block in network.single_stream_layers]
     return sum(attention.kv_heads * attention.dim_head for attention in attentions)

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from ....topi_core.layout import Grid, Layout, Part
 
+Network = Any
+"""A network of ComfyUI's, with the attributes of its class."""
+
 
 class Block(NamedTuple):
     """One block. A double block's hidden states are those of the images, a single block's have the text as well."""
@@ -39,29 +42,29 @@ class Family:
     label: str
     network: str
     """The full name of ComfyUI's class. It is never imported: an older ComfyUI may lack the model."""
-    blocks: Callable[[nn.Module], Sequence[Block]]
-    hidden: Callable[[nn.Module], int]
-    variant: Callable[[nn.Module], bool] = lambda network: True
+    blocks: Callable[[Network], Sequence[Block]]
+    hidden: Callable[[Network], int]
+    variant: Callable[[Network], bool] = lambda network: True
     """Which networks of the class, where several families share it."""
     linear: int = 24
     """Linear operations of a layer, in units of tokens x hidden^2 (`topi_core.cost.layer_flops`)."""
-    keys: Callable[[nn.Module], int] | None = None
+    keys: Callable[[Network], int] | None = None
     """Width of a token's keys over all attentions of the network, where it is not `hidden` for each block."""
-    key_heads: Callable[[nn.Module], int | None] = lambda network: None
+    key_heads: Callable[[Network], int | None] = lambda network: None
     """How many heads of keys a network with grouped-query attention has; some repeat them before the attention."""
-    patch: Callable[[nn.Module], int] = lambda network: network.patch_size
+    patch: Callable[[Network], int] = lambda network: network.patch_size
     """Latent pixels a token, along one side."""
-    frames: Callable[[nn.Module, Tensor], int] = lambda network, latent: 1
+    frames: Callable[[Network, Tensor], int] = lambda network, latent: 1
     """Token grids of a latent that stand below one another: those of its frames, where they are not rows of a batch."""
     order: tuple[Part, Part, Part] = ("text", "target", "references")
     """Of the tokens in the attention."""
     pe_dim: int = 2
     """The dimension of a block's positions that runs over the tokens."""
-    references: Callable[[nn.Module, Mapping], list[Tensor]] = lambda network, given: given.get("ref_latents") or []
+    references: Callable[[Network, Mapping], list[Tensor]] = lambda network, given: given.get("ref_latents") or []
     """The reference latents that a call puts into the sequence, by its arguments."""
     wrapper: str = WrappersMP.DIFFUSION_MODEL
     """Which of ComfyUI's wrappers sees a call of the network."""
-    network_of: Callable[[Any], nn.Module] = lambda owner: owner
+    network_of: Callable[[Any], Network] = lambda owner: owner
     """Where the network is in the object whose call that wrapper sees."""
     text: str = "context"
     """Which argument of that call is the text [B, X, W]."""
@@ -72,16 +75,16 @@ class Family:
     """Whether text can leave the sequence: it has a stream of its own, at one end of the attention's sequence, and the
     network looks for nothing behind its blocks but the picture."""
 
-    def grid(self, network: nn.Module, latent: Tensor) -> Grid:
+    def grid(self, network: Network, latent: Tensor) -> Grid:
         """Token grid of a latent [..., H, W], whose sides ComfyUI pads to the patch."""
         rows, columns = (-(-side // self.patch(network)) for side in latent.shape[-2:])
         return self.frames(network, latent) * rows, columns
 
-    def keys_width(self, network: nn.Module) -> int:
+    def keys_width(self, network: Network) -> int:
         """Width of a token's keys over all attentions of the network; values are as wide."""
         return self.keys(network) if self.keys else len(self.blocks(network)) * self.hidden(network)
 
-    def matches(self, network: nn.Module) -> bool:
+    def matches(self, network: Network) -> bool:
         """Not for classes made from it, whose forward may be another."""
         return class_of(network) == self.network and self.variant(network)
 
@@ -104,7 +107,7 @@ class Arguments:
         self.given: dict[str, Any] = dict(zip(_parameters(function), args, strict=False)) | dict(kwargs)
         self.options: dict[str, Any] = self.given["transformer_options"]
         self.latent: Tensor = next(iter(self.given.values()))
-        self.network: nn.Module = family.network_of(executor.class_obj)
+        self.network: Network = family.network_of(executor.class_obj)
 
     @cached_property
     def references(self) -> list[Tensor]:
@@ -134,6 +137,6 @@ def _parameters(function: Callable) -> tuple[str, ...]:
     return tuple(name for name in inspect.signature(function).parameters if name != "self")
 
 
-def class_of(network: nn.Module) -> str:
+def class_of(network: Network) -> str:
     """The full name of a network's class."""
     return f"{type(network).__module__}.{type(network).__qualname__}"

@@ -7,12 +7,10 @@ to that, so they would need as many channels, which no VAE of it gives; without 
 
 from __future__ import annotations
 
-from torch import nn
-
-from .family import Block, Family
+from .family import Block, Family, Network
 
 
-def _blocks(network: nn.Module) -> list[Block]:
+def _blocks(network: Network) -> list[Block]:
     double = [Block("double_block", i, block) for i, block in enumerate(network.double_blocks)]
     return double + [Block("single_block", i, block) for i, block in enumerate(network.single_blocks)]
 

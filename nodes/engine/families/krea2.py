@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from .family import REACHED_FROM_OUTSIDE, Block, Family
+from .family import REACHED_FROM_OUTSIDE, Block, Family, Network
 
 
-def _references(network: nn.Module, given: Mapping) -> list[Tensor]:
+def _references(network: Network, given: Mapping) -> list[Tensor]:
     """Without a reference method, in the conditioning or in the model, ComfyUI leaves them out."""
     method = given.get("ref_latents_method", getattr(network, "default_ref_method", None))
     return [] if method is None else given.get("ref_latents") or []
