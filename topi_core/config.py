@@ -50,7 +50,12 @@ class AnchorSettings:
     def __post_init__(self) -> None:
         _within("update_interval", self.update_interval, 0, 1000)
         _within("first_anchor", self.first_anchor, 0, 1000)
-        _ordered("start_percent", self.start_percent, "end_percent", self.end_percent)
+        _within("start_percent", self.start_percent, 0, 1)
+        _within("end_percent", self.end_percent, 0, 1)
+        if self.start_percent > self.end_percent:
+            raise ValueError(
+                f"start_percent must not be above end_percent, got {self.start_percent} and {self.end_percent}"
+            )
         _one_of("spacing", self.spacing, SPACINGS)
 
 
@@ -64,8 +69,10 @@ class KeepSettings:
     metric: Scorer = INFLUENCE
 
     def __post_init__(self) -> None:
-        _within("tau", self.tau, 0, 1)
-        _ordered("min_keep", self.min_keep, "max_keep", self.max_keep)
+        for name in ("tau", "min_keep", "max_keep"):
+            _within(name, getattr(self, name), 0, 1)
+        if self.min_keep > self.max_keep:
+            raise ValueError(f"min_keep must not be above max_keep, got {self.min_keep} and {self.max_keep}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,13 +147,6 @@ class Model:
 def _within(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:  # also refuses NaN
         raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
-
-
-def _ordered(low_name: str, low: float, high_name: str, high: float) -> None:
-    _within(low_name, low, 0, 1)
-    _within(high_name, high, 0, 1)
-    if low > high:
-        raise ValueError(f"{low_name} must not be above {high_name}, got {low} and {high}")
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
