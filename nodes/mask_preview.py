@@ -23,7 +23,7 @@ class ToPiMaskPreview(io.ComfyNode):
             display_name="ToPi Mask Preview",
             category="ToPi",
             description="Shows what the model looked at: kept reference tokens in gold, the more the larger their "
-            "influence, and the others dimmed; a frame an anchor.",
+            "influence, and the others dimmed; one frame per anchor.",
             is_output_node=True,
             inputs=[
                 TraceType.Input("trace", tooltip="From ToPi Patch."),
@@ -41,7 +41,7 @@ class ToPiMaskPreview(io.ComfyNode):
             outputs=[
                 io.Image.Output(
                     display_name="overlay",
-                    tooltip="The reference with its kept tokens: a frame an anchor, with a batch one for each image.",
+                    tooltip="The reference with its kept tokens: one frame per anchor, and per image of a batch.",
                 ),
                 io.Mask.Output(display_name="mask", 
                     tooltip="1 where the token is kept, so all 1 where every token is; frames as in overlay.",

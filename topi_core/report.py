@@ -46,10 +46,6 @@ def figures(run: Run) -> Figures:
     shorter_seconds = _median(step.seconds for step in timed if step.kind in SHORTER)
     anchors, whole = kinds.count("anchor"), kinds.count("full")
     shorter = sum(kind in SHORTER for kind in kinds)
-    measured = None
-    if full and shorter_seconds:
-        taken = (anchors + whole) * full + shorter * shorter_seconds + sum(scoring.values())
-        measured = full * (anchors + whole + shorter) / taken
     total = sum(step.seconds for step in run.steps)
     return Figures(
         anchors=anchors,
@@ -58,22 +54,39 @@ def figures(run: Run) -> Figures:
         skipped=kinds.count("skipped"),
         full_seconds=full,
         shorter_seconds=shorter_seconds,
-        measured=measured,
+        measured=_measured(run, scoring),
         predicted=cost.speedup(run),
         scoring_seconds=_median(scoring.values()) or 0.0,
         scoring_share=sum(scoring.values()) / total if total else 0.0,
     )
 
 
+def _measured(run: Run, scoring: dict[int, float]) -> float | None:
+    """The whole run's speed-up over one whose steps are all full, by the time that an operation takes in full steps and
+    in shorter ones: steps may be unequal, as where a prompt takes part in some of them only.
+    """
+    timed, full, shorter = run.steps[1:], ("full", "anchor"), SHORTER
+    of_full = _median((s.seconds - scoring.get(s.index, 0.0)) / s.full_flops for s in timed if s.kind in full)
+    of_shorter = _median(s.seconds / s.flops for s in timed if s.kind in shorter)
+    if not of_full or not of_shorter:
+        return None
+    took = sum(scoring.values())
+    took += sum(s.full_flops * of_full if s.kind in full else s.flops * of_shorter for s in run.steps)
+    return sum(s.full_flops for s in run.steps) * of_full / took
+
+
 def summary(run: Sampled) -> str:
     """One line for the log: what was kept, and what a full and a shorter step took."""
     if not isinstance(run, Run):
         return str(run)
-    if not run.anchors:
-        return f"no reference tokens were {run.verb} in {len(run.steps)} steps"
-    shares = ", ".join(f"{anchor.share:.0%}" for anchor in run.anchors)
-    tokens, f = run.anchors[0].layout.reference_tokens, figures(run)
-    text = f"kept {shares} of {tokens} reference tokens at {len(run.anchors)} anchor{'s'[: len(run.anchors) > 1]}"
+    why = why_nothing(run)
+    if why:
+        return f"nothing was {run.verb}: {why}"
+    f, shares = figures(run), dict[int, list[float]]()
+    for anchor in run.anchors:
+        shares.setdefault(anchor.step, []).append(anchor.share)
+    kept = ", ".join(f"{sum(each) / len(each):.0%}" for each in shares.values())
+    text = f"kept {kept} of {run.reference_tokens} reference tokens at {f.anchors} anchor{'s'[: f.anchors > 1]}"
     if f.full_seconds and f.shorter_seconds:
         text += f"; a full step took {f.full_seconds:.3f} s, a {run.verb} one {f.shorter_seconds:.3f} s"
     if run.cache_bytes:

@@ -221,7 +221,7 @@ def _tile(images: list[Tensor], side: int) -> Image.Image:
 
 
 def strip(edited: Edited, side: int = 384, gap: int = 12) -> Image.Image:
-    """What ToPi Mask Preview shows: a frame an anchor, one row a reference."""
+    """What ToPi Mask Preview shows: one frame per anchor, one row per reference."""
     rows = list(zip(*edited.kept, strict=True))
     canvas = Image.new("RGB", (len(rows[0]) * (side + gap) - gap, len(rows) * (side + gap) - gap), (250, 250, 248))
     for j, row in enumerate(rows):

@@ -107,7 +107,7 @@ def edit(
 
 
 def measure(count: int, seed: int, steps: int, kinds: list[str]) -> Iterator[dict]:
-    """One row a kind of edit, then one row a layer for the kinds with one reference."""
+    """One row per kind of edit, then one row per layer for the kinds with one reference."""
     use_comfyui()
     from .comfy_model import load
 

@@ -45,7 +45,7 @@ class Listener(Oracle):
 
 @by_family
 def test_sensitivity_is_that_of_brute_force_and_the_image_stays_as_it_is(family):
-    """A batch of two with different references, several of them: a row an image, the mean over the steps."""
+    """A batch of two with different references, several of them: one row per image, the mean over the steps."""
     positive = conditioning(family, [latent(family, batch=2), latent(family, 12, 20, batch=2, seed=1)])
     start = empty(family, batch=2)
     listener = Listener(family)

@@ -22,7 +22,8 @@ def run(kinds, kept=(3, 1), references=((2, 2),), layers=(3,), profile="", mode=
         if kind == "anchor":
             mask = torch.arange(layout.reference_tokens).expand(len(kept), -1) < torch.tensor(kept)[:, None]
             made.anchors.append(Anchor(i, 1 - i / 10, layout, (), mask, seconds=0.1, ranks=mask.byte()))
-        made.steps.append(Step(i, 1 - i / 10, kind, layout.tokens, seconds[kind] + 5 * (i == 0)))
+        flops = {"pruned": 500, "skipped": 0}.get(kind, 1000), 1000 * (kind != "skipped")
+        made.steps.append(Step(i, 1 - i / 10, kind, layout.tokens, seconds[kind] + 5 * (i == 0), None, *flops))
     return made
 
 
@@ -34,6 +35,23 @@ def test_figures():
     assert f.measured == pytest.approx(2 * 5 / (2 * 2.0 + 3 * 1.0 + 2 * 0.1))
     assert f.scoring_seconds == pytest.approx(0.1)
     assert f.scoring_share == pytest.approx(0.2 / (7.1 + 3 * 1.0 + 2.1))
+
+
+def test_the_measured_speed_up_holds_where_steps_are_unequal():
+    """Twice the prompts in the first steps: by the medians of whole steps it would be far off."""
+    made = run(["full", "anchor", "pruned", "pruned", "full", "pruned", "pruned"])
+    for step in made.steps[:4]:
+        step.seconds, step.flops, step.full_flops = 2 * step.seconds, 2 * step.flops, 2 * step.full_flops
+    unequal, equal = figures(made).measured, figures(run(["full", "anchor", "pruned", "pruned"])).measured
+    assert unequal == pytest.approx((4 * 4 + 3 * 2) / (2 * 4 + 2 * 2 + 1 * 2 + 2 * 1 + 0.1), rel=0.01)
+    assert equal == pytest.approx(4 * 2 / (2 * 2 + 2 * 1 + 0.1))
+
+
+def test_prompts_with_other_references_share_an_anchor():
+    made = run(["full", "anchor", "pruned"], kept=(2,))
+    (first,) = made.anchors
+    made.anchors = [first, Anchor(1, 0.9, first.layout, (), torch.ones(1, 4, dtype=torch.bool))]
+    assert summary(made).startswith("kept 75% of 4 reference tokens at 1 anchor;") and figures(made).anchors == 1
 
 
 def test_the_first_step_is_not_timed():
@@ -106,7 +124,7 @@ def test_log_and_report_tell_the_same_figures():
 
 
 def test_the_log_line():
-    assert summary(run([])) == "no reference tokens were pruned in 0 steps"
+    assert summary(run(["anchor"])) == "nothing was pruned: too few steps: of 1, none is left after the anchor"
     assert summary(run(["anchor", "pruned", "anchor", "pruned"], kept=(1,))) == (
         "kept 25%, 25% of 4 reference tokens at 2 anchors; a full step took 2.000 s, a pruned one 1.000 s"
     )
