@@ -114,3 +114,22 @@ def test_nothing_is_sent_without_a_browser_or_when_the_setting_is_off(server, pr
         assert of_type(prompt, "KSampler") in executed and events == []
     finally:
         post(server, "/settings/topi.live", True)
+
+
+def test_scores_that_decide_nothing_are_made_where_something_looks_at_them(server, prompt):
+    """With every token kept: for a page or a ToPi Mask Preview, and for nothing else."""
+    preview, patch = of_type(prompt, "ToPiMaskPreview"), of_type(prompt, "ToPiPatch")
+    prompt[patch]["inputs"]["mode"] = "reuse"
+    alone = {
+        id_: node for id_, node in prompt.items() if id_ != preview and [preview, 0] not in node["inputs"].values()
+    }
+
+    def scored(prompt, **page) -> bool:
+        prompt[of_type(prompt, "KSampler")]["inputs"]["seed"] += 10
+        run(server, prompt, **page)
+        (newest,) = json.loads(server.get("/history?max_items=1")).values()
+        (text,) = newest["outputs"][of_type(prompt, "ToPiReport")]["text"]
+        return "nothing was scored" not in text
+
+    assert scored(alone) and scored(prompt, queued_by_gone_page=True)
+    assert not scored(alone, queued_by_gone_page=True)
