@@ -118,11 +118,8 @@ def test_nothing_is_sent_without_a_browser_or_when_the_setting_is_off(server, pr
 
 def test_scores_that_decide_nothing_are_made_where_something_looks_at_them(server, prompt):
     """With every token kept: for a page or a ToPi Mask Preview, and for nothing else."""
-    preview, patch = of_type(prompt, "ToPiMaskPreview"), of_type(prompt, "ToPiPatch")
-    prompt[patch]["inputs"]["mode"] = "reuse"
-    alone = {
-        id_: node for id_, node in prompt.items() if id_ != preview and [preview, 0] not in node["inputs"].values()
-    }
+    prompt[of_type(prompt, "ToPiPatch")]["inputs"]["mode"] = "reuse"
+    alone = {id_: node for id_, node in prompt.items() if node["class_type"] != "ToPiMaskPreview"}
 
     def scored(prompt, **page) -> bool:
         prompt[of_type(prompt, "KSampler")]["inputs"]["seed"] += 10
