@@ -23,7 +23,7 @@ from sampling import (
     run_node,
     sample,
 )
-from small_models import FAMILIES, FLUX1, FLUX2, HIDDEN, QWEN, SmallControl, shared, with_lora
+from small_models import FAMILIES, FLUX1, FLUX2, HIDDEN, QWEN, SmallControl, load, shared, with_lora
 
 REUSE = {"mode": "reuse", "max_keep": 0.6, "update_interval": 3}
 
@@ -329,3 +329,18 @@ def test_two_samplers_share_one_patched_model():
     first = sample(patched, positive, latent=empty(FLUX1))
     sample(patched, other, latent=empty(FLUX1))
     assert torch.equal(sample(patched, positive, latent=empty(FLUX1)), first)
+
+
+@pytest.mark.parametrize("max_keep", [1.0, 0.5])
+def test_an_anchor_that_misses_an_attention_says_so_at_once(max_keep):
+    """Another pack's forward leaves a block's attention out. It is not found out later, by a step that reads it."""
+    model, done = load(FLUX1), []
+    model.model.diffusion_model.double_blocks[1].forward = lambda img, txt, **_: (img, txt)
+    patched, _ = patch(model, **layer_inputs(FLUX1), mode="reuse", update_interval=3, max_keep=max_keep)
+    with pytest.raises(
+        RuntimeError, match="saw no attention in layer 1; another patch replaces this block's attention"
+    ):
+        sample(
+            patched, conditioning(FLUX1, [latent(FLUX1)]), latent=empty(FLUX1), callback=lambda i, *_: done.append(i)
+        )
+    assert not done and caches_alive() == 0
