@@ -19,14 +19,5 @@ class ToPiExtension(ComfyExtension):
         profile_files.register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [
-            ToPiPatch,
-            ToPiSettings,
-            ToPiMaskPreview,
-            ToPiReport,
-            ToPiCompare,
-            ToPiCalibrate,
-            ToPiSaveProfile,
-            ToPiDemoModel,
-            ToPiDemoScene,
-        ]
+        calibration, demo = [ToPiCalibrate, ToPiSaveProfile], [ToPiDemoModel, ToPiDemoScene]
+        return [ToPiPatch, ToPiSettings, ToPiMaskPreview, ToPiReport, ToPiCompare, *calibration, *demo]

@@ -1,7 +1,5 @@
 """ToPi Calibrate: listens to every layer while the user's own sampling runs, and changes nothing about it."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,11 +21,9 @@ CalibrationType = io.Custom("TOPI_CALIBRATION")
 
 @dataclass(frozen=True)
 class Calibrating:
-    """What ToPi Calibrate hands to ToPi Save Profile: the model's measures, and what its runs tell."""
+    """What ToPi Calibrate hands to ToPi Save Profile: the model, and what its runs tell."""
 
-    family: str
-    depth: int
-    hidden: int
+    model: Model
     top_m: int
     trace: Trace[Listening] = field(default_factory=lambda: Trace(node="ToPi Calibrate"))
 
@@ -36,17 +32,13 @@ class ToPiCalibrate(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="ToPiCalibrate",
-            display_name="ToPi Calibrate",
-            category="ToPi/calibration",
+            node_id="ToPiCalibrate", display_name="ToPi Calibrate", category="ToPi/calibration",
             description="Finds out in which layers a model looks at its references, while it edits as ever: the images "
             "stay the same bit for bit, and take longer. ToPi Save Profile keeps the result.",
             inputs=[
                 io.Model.Input("model", tooltip="The model to calibrate, from its loader or LoRA, without ToPi Patch."),
-                io.Int.Input(
-                    "top_m", default=TOP_M, min=1, max=200,
-                    tooltip="How many layers the profile shall name; the paper takes 3.",
-                ),
+                io.Int.Input("top_m", default=TOP_M, min=1, max=200,
+                    tooltip="How many layers the profile shall name; the paper takes 3."),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model that listens; connect it to the sampler."),
@@ -61,8 +53,8 @@ class ToPiCalibrate(io.ComfyNode):
         depth = len(family.blocks(network))
         if not 1 <= top_m <= depth:
             raise ValueError(f"top_m must be in [1, {depth}] for this model of {depth} layers, got {top_m}")
-        calibrating = Calibrating(family.name, depth, family.hidden(network), top_m)
         known = Model(family=family.name, depth=depth, hidden=family.hidden(network))
+        calibrating = Calibrating(known, top_m)
         every_step = Settings(anchors=AnchorSettings(update_interval=1, spacing="steps"))
         return io.NodeOutput(attach(model, Calibrator(family, known, every_step, calibrating.trace)), calibrating)
 

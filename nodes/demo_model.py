@@ -1,7 +1,5 @@
 """ToPi Demo Model: a small in-context editor that comes with the pack."""
 
-from __future__ import annotations
-
 from comfy_api.latest import io
 
 
@@ -11,9 +9,7 @@ class ToPiDemoModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="ToPiDemoModel",
-            display_name="ToPi Demo Model",
-            category="ToPi/demo",
+            node_id="ToPiDemoModel", display_name="ToPi Demo Model", category="ToPi/demo",
             description="A small FLUX.1-like model that edits the pictures of ToPi Demo Scene, for trying ToPi without "
             "gigabytes of weights. Takes the place of the loaders in a FLUX.1 Kontext workflow.",
             inputs=[],
@@ -22,7 +18,7 @@ class ToPiDemoModel(io.ComfyNode):
                 io.Clip.Output(tooltip="Knows the words of the demo's instructions, and refuses any other by name."),
                 io.Vae.Output(tooltip="8 x 8 pixels to 16 channels, a fixed linear codec."),
             ],
-        )
+        )  # fmt: skip
 
     @classmethod
     def execute(cls) -> io.NodeOutput:

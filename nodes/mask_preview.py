@@ -1,51 +1,38 @@
 """ToPi Mask Preview: which parts of a reference the model kept, drawn over it."""
 
-from __future__ import annotations
-
 import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..topi_core.overlay import Size, draw, geometry, kept_of, weight_of
+from ..topi_core.overlay import draw, geometry, kept_of, weight_of
 from ..topi_core.report import why_nothing
 from ..topi_core.trace import Anchor, Run
 from .patch import TraceType
 
-LARGEST = 768
-"""Longest side of the page's frames in pixels; the outputs keep the size of the image."""
+LARGEST = 768  # longest side of the page's frames in pixels; the outputs keep the size of the image
 
 
 class ToPiMaskPreview(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="ToPiMaskPreview",
-            display_name="ToPi Mask Preview",
-            category="ToPi",
+            node_id="ToPiMaskPreview", display_name="ToPi Mask Preview", category="ToPi", is_output_node=True,
             description="Shows what the model looked at: kept reference tokens in gold, the more the larger their "
             "influence, and the others dimmed; one frame per anchor.",
-            is_output_node=True,
             inputs=[
                 TraceType.Input("trace", tooltip="From ToPi Patch."),
                 io.Latent.Input("latent", tooltip="The sampler's output: it says which run is meant."),
-                io.Image.Input(
-                    "image", optional=True,
-                    tooltip="The reference image to draw over; without one, a small picture of it.",
-                ),
+                io.Image.Input("image", optional=True,
+                    tooltip="The reference image to draw over; without one, a small picture of it."),
                 io.Int.Input("reference", default=0, min=0, max=63, tooltip="Which reference, counted from 0."),
-                io.Float.Input(
-                    "opacity", default=0.6, min=0.0, max=1.0, step=0.05,
-                    tooltip="How strongly the picture is dimmed and tinted; 0 shows it as it is.",
-                ),
+                io.Float.Input("opacity", default=0.6, min=0.0, max=1.0, step=0.05,
+                    tooltip="How strongly the picture is dimmed and tinted; 0 shows it as it is."),
             ],
             outputs=[
-                io.Image.Output(
-                    display_name="overlay",
-                    tooltip="The reference with its kept tokens: one frame per anchor, and per image of a batch.",
-                ),
-                io.Mask.Output(display_name="mask", 
-                    tooltip="1 where the token is kept, so all 1 where every token is; frames as in overlay.",
-                ),
+                io.Image.Output(display_name="overlay",
+                    tooltip="The reference with its kept tokens: one frame per anchor, and per image of a batch."),
+                io.Mask.Output(display_name="mask",
+                    tooltip="1 where the token is kept, so all 1 where every token is; frames as in overlay."),
             ],
         )  # fmt: skip
 
@@ -55,30 +42,22 @@ class ToPiMaskPreview(io.ComfyNode):
         image = None if image is None else image.cpu()  # on the device with --gpu-only
         anchors = alike(run, anchors_with(run, reference), reference, image)
         if anchors:
-            seen = [picture(run, anchor, reference, image) for anchor in anchors]
-            pairs = list(zip(anchors, seen, strict=True))
-            mask, weight = (
-                torch.cat([pixels(run, a, reference, of(a, reference).float(), p.shape[1:3]) for a, p in pairs])
-                for of in (kept_of, weight_of)
-            )
-            pictures = torch.cat(seen)
+            seen = [(a, geometry(run, a, reference), picture(run, a, reference, image)) for a in anchors]
+            mask = torch.cat([at.spread(kept_of(a, reference).float(), p.shape[1:3]) for a, at, p in seen])
+            weight = torch.cat([at.spread(weight_of(a, reference), p.shape[1:3]) for a, at, p in seen])
+            pictures = torch.cat([p for _, _, p in seen])
         else:  # a run without an anchor pruned nothing
             pictures = torch.full((1, 64, 64, 3), 0.5) if image is None else image[:1, ..., :3]
             mask = weight = torch.ones(pictures.shape[:3])
         overlay = draw(pictures, weight, opacity)
         shown = ui.PreviewImage(_at_most(overlay, LARGEST)).as_dict()
         facts = [fact for anchor in anchors for fact in frames(anchor, reference)]
-        return io.NodeOutput(
-            overlay,
-            mask,
-            ui=shown | {"frames": facts, "note": (note(run),)},
-        )
+        return io.NodeOutput(overlay, mask, ui=shown | {"frames": facts, "note": (note(run),)})
 
 
 def note(run: Run) -> str:
     """What has to be said beside the frames."""
-    why = why_nothing(run)
-    if why:
+    if why := why_nothing(run):
         return f"nothing was {run.verb}: {why}"
     if run.anchors and all(anchor.ranks is None for anchor in run.anchors):
         return "no influence was scored, as nothing looked on while this run was sampled: change the seed"
@@ -104,25 +83,15 @@ def alike(run: Run, anchors: list[Anchor], reference: int, image: Tensor | None)
 def frames(anchor: Anchor, reference: int) -> list[dict]:
     """What the page shows beside each frame of an anchor, as plain values."""
     kept = kept_of(anchor, reference)
+    facts = {"step": anchor.step, "sigma": round(anchor.sigma, 4), "images": len(kept)}
     return [
-        {
-            "step": anchor.step,
-            "sigma": round(anchor.sigma, 4),
-            "share": row.float().mean().item(),
-            "kept": int(row.sum()),
-            "tokens": len(row),
-            "image": i,
-            "images": len(kept),
-        }
+        facts | {"image": i, "share": row.float().mean().item(), "kept": int(row.sum()), "tokens": len(row)}
         for i, row in enumerate(kept)
     ]
 
 
 def picture(run: Run, anchor: Anchor, reference: int, image: Tensor | None) -> Tensor:
-    """What to draw over, for each image of the batch: [images, H, W, 3].
-
-    Without an image, the reference as the run saw it, its small picture enlarged to the size of its image.
-    """
+    """What to draw over [images, H, W, 3]: the image, or the small picture of the reference, enlarged to its size."""
     images, seen = anchor.kept.shape[0], anchor.references[reference]
     if image is None:
         if seen.picture is None:
@@ -137,12 +106,6 @@ def picture(run: Run, anchor: Anchor, reference: int, image: Tensor | None) -> T
             "connect the image that was encoded as this reference"
         )
     return image[..., :3] if len(image) == images else image[:1, ..., :3].expand(images, -1, -1, -1)
-
-
-def pixels(run: Run, anchor: Anchor, reference: int, values: Tensor, size: Size) -> Tensor:
-    """A reference's tokens [images, tokens] as the pixels that they came from, of an image of this size."""
-    place = geometry(run, anchor, reference)
-    return torch.stack([place.spread(row, size) for row in values])
 
 
 def _at_most(pictures: Tensor, side: int) -> Tensor:

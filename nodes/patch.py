@@ -1,9 +1,8 @@
 """ToPi Patch: the node between the model loader and the sampler."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import replace
+from functools import partial
 
 from comfy_api.latest import io
 from torch import nn
@@ -27,76 +26,53 @@ class ToPiPatch(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="ToPiPatch",
-            display_name="ToPi Patch",
-            category="ToPi",
+            node_id="ToPiPatch", display_name="ToPi Patch", category="ToPi",
             description="Stops computing the reference images anew at every step: nearly the same edit, sooner.",
             inputs=[
-                io.Model.Input(
-                    "model",
+                io.Model.Input("model",
                     tooltip="A model that edits by references, from its loader or LoRA: FLUX.1 Kontext, FLUX.2, "
-                    "Qwen-Image-Edit, Mage-Flow, JoyImage, Krea 2, OmniGen2 or Boogu.",
-                ),
-                io.Combo.Input(
-                    "mode", options=list(MODES), default="reuse",
+                    "Qwen-Image-Edit, Mage-Flow, JoyImage, Krea 2, OmniGen2 or Boogu."),
+                io.Combo.Input("mode", options=list(MODES), default="reuse",
                     tooltip="reuse: between anchors no reference token is computed, the picture sees their keys and "
                     "values of the anchor; it takes memory, and on the demo model it is faster and closer to the "
                     "unpatched image. prune: the paper's method with its published settings; dropped tokens leave the "
-                    "sequence until the next anchor.",
-                ),
-                io.Int.Input(
-                    "update_interval", default=0, min=0, max=1000,
+                    "sequence until the next anchor."),
+                io.Int.Input("update_interval", default=0, min=0, max=1000,
                     tooltip="Steps from one anchor to the next, on average; at an anchor everything is computed. 0: "
                     "the mode's own, 10 for prune and 5 for reuse. Higher is faster, lower is nearer to the unpatched "
                     "image. With prune they are evenly spaced, with reuse they stand where the noise level falls "
-                    "most: see spacing of ToPi Settings.",
-                ),
-                io.Float.Input(
-                    "tau", default=0.85, min=0.0, max=1.0, step=0.01,
+                    "most: see spacing of ToPi Settings."),
+                io.Float.Input("tau", default=0.85, min=0.0, max=1.0, step=0.01,
                     tooltip="For prune: share of the references' influence that is kept. Lower is faster, and 1 gives "
-                    "the unpatched image, bit for bit. Reuse, which keeps every token, does not use it.",
-                ),
-                SettingsType.Input(
-                    "settings", optional=True,
+                    "the unpatched image, bit for bit. Reuse, which keeps every token, does not use it."),
+                SettingsType.Input("settings", optional=True,
                     tooltip="From ToPi Settings, which has what rarely needs changing. Without it that node's defaults "
-                    "apply.",
-                ),
+                    "apply."),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model with ToPi; connect it to the sampler."),
-                TraceType.Output(
-                    display_name="trace",
-                    tooltip="What the runs kept; connect it to ToPi Mask Preview or ToPi Report.",
-                ),
+                TraceType.Output(display_name="trace",
+                    tooltip="What the runs kept; connect it to ToPi Mask Preview or ToPi Report."),
             ],
             hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
     def fingerprint_inputs(cls, **inputs):
-        """A profile of the user's that changed, came or went may mean other layers.
-
-        ComfyUI asks this before anything runs, with None for what is connected. Then ToPi Settings knows which profile
-        it is, and its own fingerprint makes ComfyUI run this node again as well.
-        """
+        """A profile of the user's that changed, came or went may mean other layers; ToPi Settings looks by itself."""
         return [] if "settings" in inputs else profile_files.state("auto")
 
     @classmethod
     def execute(cls, model, mode, update_interval, tau, settings: Settings | None = None) -> io.NodeOutput:
         settings = settings or Settings()
-        settings = replace(
-            settings,
-            mode=mode,
-            anchors=replace(settings.anchors, update_interval=update_interval),
-            keep=replace(settings.keep, tau=tau),
-        )
+        anchors, keep = replace(settings.anchors, update_interval=update_interval), replace(settings.keep, tau=tau)
+        settings = replace(settings, mode=mode, anchors=anchors, keep=keep)
         network = model.get_model_object("diffusion_model")
-        family = family_of(network)
+        family, trace = family_of(network), Trace()
         known = model_of(family, network, settings.layers)
-        trace = Trace()
         node_id = cls.hidden.unique_id if cls.hidden else None  # none outside of a prompt
-        patch = Patch(family, known, settings, trace, events.announcer(node_id), events.watched)
-        return io.NodeOutput(attach(model, patch), trace)
+        on_anchor = None if node_id is None else partial(events.announce, node_id)
+        return io.NodeOutput(attach(model, Patch(family, known, settings, trace, on_anchor, events.watched)), trace)
 
 
 def model_of(family: Family, network: nn.Module, s: LayerSettings) -> Model:

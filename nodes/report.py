@@ -1,11 +1,7 @@
 """ToPi Report: a run in numbers, as a table and as a plot."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 
-import numpy as np
-import torch
 from comfy_api.latest import io, ui
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -13,6 +9,7 @@ from torch import Tensor
 from ..topi_core.report import figures, text, why_nothing
 from ..topi_core.trace import SHORTER, Run
 from .patch import TraceType
+from .support.chart import as_image
 
 SIZE = (960, 480)
 COLORS = {"full": "#8a8f98", "anchor": "#5b8def", "pruned": "#f2b705", "reused": "#f2b705", "skipped": "#c04040"}
@@ -22,11 +19,8 @@ class ToPiReport(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="ToPiReport",
-            display_name="ToPi Report",
-            category="ToPi",
+            node_id="ToPiReport", display_name="ToPi Report", category="ToPi", is_output_node=True,
             description="What a run kept at each anchor, what its steps took, and what that saved.",
-            is_output_node=True,
             inputs=[
                 TraceType.Input("trace", tooltip="From ToPi Patch."),
                 io.Latent.Input("latent", tooltip="The sampler's output: it says which run is meant."),
@@ -35,13 +29,12 @@ class ToPiReport(io.ComfyNode):
                 io.String.Output(display_name="report", tooltip="What was kept and what it saved, as a short table."),
                 io.Image.Output(display_name="plot", tooltip="Seconds of each step by its kind, and the kept share."),
             ],
-        )
+        )  # fmt: skip
 
     @classmethod
     def execute(cls, trace, latent) -> io.NodeOutput:
         run = trace.find(latent["samples"])
-        report = text(run)
-        picture = plot(run)
+        report, picture = text(run), plot(run)
         shown = ui.PreviewImage(picture, cls=cls).as_dict()
         return io.NodeOutput(report, picture, ui=shown | {"text": (report,), "run": (facts(run),)})
 
@@ -64,24 +57,19 @@ def facts(run: Run) -> dict:
     }
 
 
-def _shares(run: Run, step: int) -> list[float]:
-    return [anchor.share for anchor in run.anchors if anchor.step == step]
-
-
 def plot(run: Run) -> Tensor:
     """Bars: seconds of each step. Line: share of the reference tokens that take part in it. [1, H, W, 3]"""
     image = Image.new("RGB", SIZE, "#1f2126")
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(15)
     left, right, top, bottom = 70, SIZE[0] - 70, 50, SIZE[1] - 50
-    steps = run.steps
-    place = left
+    steps, place = run.steps, left
     for word, color in (("seconds a step:", "white"), *COLORS.items(), ("      kept share (line)", "white")):
         if color == "white" or any(step.kind == word for step in steps):
             pen.text((place, 16), word, color, font)
             place += pen.textlength(word, font) + 16
     if not steps:
         pen.text((left, top), "no steps", "white", font)
-        return _tensor(image)
+        return as_image(image)
 
     longest = max(step.seconds for step in steps) or 1e-9
     if len(steps) > 1:  # the first pays for loading: it may be cut off
@@ -97,15 +85,11 @@ def plot(run: Run) -> Tensor:
         pen.rectangle((x + 1, bottom - height, x + max(2, wide - 2), bottom), COLORS[step.kind])
         if i % -(-len(steps) // 25) == 0:
             pen.text((x + wide / 2, bottom + 6), str(step.index), "white", font, "ma")
-        shares = _shares(run, step.index)
+        shares = [anchor.share for anchor in run.anchors if anchor.step == step.index]
         share = sum(shares) / len(shares) if shares else share
         level = bottom - (bottom - top) * (share if step.kind in SHORTER else 1.0)
         line += [(x, level), (x + wide, level)]
     pen.line(line, "white", 3)
     pen.line((left, top, left, bottom, right, bottom, right, top), "#5a5f68")
     pen.text(((left + right) / 2, bottom + 26), "step", "white", font, "ma")
-    return _tensor(image)
-
-
-def _tensor(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).float()[None] / 255
+    return as_image(image)

@@ -1,18 +1,8 @@
 """ToPi Settings: what rarely needs changing in ToPi Patch, in a node of its own."""
 
-from __future__ import annotations
-
 from comfy_api.latest import io
 
-from ..topi_core.config import (
-    SPACINGS,
-    AnchorSettings,
-    KeepSettings,
-    LayerSettings,
-    ReuseSettings,
-    Settings,
-    parse_layers,
-)
+from ..topi_core import config
 from ..topi_core.influence import SCORERS, scorer
 from .support import profile_files
 
@@ -25,68 +15,42 @@ class ToPiSettings(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="ToPiSettings",
-            display_name="ToPi Settings",
-            category="ToPi",
+            node_id="ToPiSettings", display_name="ToPi Settings", category="ToPi",
             description="The settings of ToPi Patch that rarely need changing: its layers, where its anchors stand, "
             "how many tokens are kept. With the defaults it changes nothing.",
             inputs=[
-                io.Combo.Input(
-                    "profile", options=["auto", *profile_files.names()], default="auto",
+                io.Combo.Input("profile", options=["auto", *profile_files.names()], default="auto",
                     tooltip="Which layers tell what the model looks at: a shipped profile, or one of yours in "
                     "models/topi or output/topi. auto picks by what the model is; where none fits and tokens are "
-                    "dropped, the first anchor scores all layers and finds out.",
-                ),
-                io.String.Input(
-                    "layers", default="",
-                    tooltip='Representative layers, e.g. "13,18,31", in the whole stack. Empty: the profile\'s.',
-                ),
-                io.Int.Input(
-                    "front_layers", default=-1, min=-1, max=200,
-                    tooltip="For prune: the first layers that always see every token. -1: the profile's.",
-                ),
-                io.Int.Input(
-                    "first_anchor", default=0, min=0, max=1000,
-                    tooltip="The first anchor step; the steps before it run in full.",
-                ),
-                io.Float.Input(
-                    "start_percent", default=0.0, min=0.0, max=1.0, step=0.01,
-                    tooltip="Prune or reuse only from this part of the schedule on.",
-                ),
-                io.Float.Input(
-                    "end_percent", default=1.0, min=0.0, max=1.0, step=0.01,
-                    tooltip="Prune or reuse only up to this part of the schedule.",
-                ),
-                io.Float.Input(
-                    "min_keep", default=0.0, min=0.0, max=1.0, step=0.01,
-                    tooltip="Prune keeps at least this fraction of the tokens. Equal to max_keep: a fixed ratio.",
-                ),
-                io.Float.Input(
-                    "max_keep", default=1.0, min=0.0, max=1.0, step=0.01,
+                    "dropped, the first anchor scores all layers and finds out."),
+                io.String.Input("layers", default="",
+                    tooltip='Representative layers, e.g. "13,18,31", in the whole stack. Empty: the profile\'s.'),
+                io.Int.Input("front_layers", default=-1, min=-1, max=200,
+                    tooltip="For prune: the first layers that always see every token. -1: the profile's."),
+                io.Int.Input("first_anchor", default=0, min=0, max=1000,
+                    tooltip="The first anchor step; the steps before it run in full."),
+                io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01,
+                    tooltip="Prune or reuse only from this part of the schedule on."),
+                io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01,
+                    tooltip="Prune or reuse only up to this part of the schedule."),
+                io.Float.Input("min_keep", default=0.0, min=0.0, max=1.0, step=0.01,
+                    tooltip="Prune keeps at least this fraction of the tokens. Equal to max_keep: a fixed ratio."),
+                io.Float.Input("max_keep", default=1.0, min=0.0, max=1.0, step=0.01,
                     tooltip="Keep at most this fraction of the tokens, whatever tau says. With reuse too: fewer keys "
-                    "and values are kept, which costs fidelity and saves hardly any time.",
-                ),
-                io.Combo.Input(
-                    "metric", options=list(SCORERS), default="influence",
+                    "and values are kept, which costs fidelity and saves hardly any time."),
+                io.Combo.Input("metric", options=list(SCORERS), default="influence",
                     tooltip="What a token is scored by. influence: the paper's score; attention: the attention alone, "
-                    "which its ablations compare it with. It matters where tokens are dropped.",
-                ),
-                io.Combo.Input(
-                    "spacing", options=list(SPACINGS), default="auto",
+                    "which its ablations compare it with. It matters where tokens are dropped."),
+                io.Combo.Input("spacing", options=list(config.SPACINGS), default="auto",
                     tooltip="steps: an anchor every update_interval steps. sigma: as many, placed so that the noise "
                     "level falls by the same amount from each to the next, and by half of it after the last. auto: "
-                    "steps for prune, sigma for reuse.",
-                ),
-                io.Boolean.Input(
-                    "forecast", default=True,
+                    "steps for prune, sigma for reuse."),
+                io.Boolean.Input("forecast", default=True,
                     tooltip="For reuse: between anchors keys and values go on along the line through the last two "
-                    "anchors, instead of standing still. Nearer to the unpatched image, for twice the memory.",
-                ),
-                io.Boolean.Input(
-                    "reuse_text", default=True,
+                    "anchors, instead of standing still. Nearer to the unpatched image, for twice the memory."),
+                io.Boolean.Input("reuse_text", default=True,
                     tooltip="For reuse: the prompt's tokens are reused like the references'. Faster, and on the demo "
-                    "model nearly as close to the unpatched image.",
-                ),
+                    "model nearly as close to the unpatched image."),
             ],
             outputs=[SettingsType.Output(display_name="settings", tooltip="Connect it to ToPi Patch.")],
         )  # fmt: skip
@@ -101,13 +65,11 @@ class ToPiSettings(io.ComfyNode):
         cls, profile, layers, front_layers, first_anchor, start_percent, end_percent, min_keep, max_keep, metric,
         spacing, forecast, reuse_text,
     ) -> io.NodeOutput:  # fmt: skip
-        return io.NodeOutput(
-            Settings(
-                layers=LayerSettings(profile=profile, layers=parse_layers(layers), front_layers=front_layers),
-                anchors=AnchorSettings(
-                    first_anchor=first_anchor, start_percent=start_percent, end_percent=end_percent, spacing=spacing
-                ),
-                keep=KeepSettings(min_keep=min_keep, max_keep=max_keep, metric=scorer(metric)),
-                reuse=ReuseSettings(forecast=forecast, reuse_text=reuse_text),
-            )
+        window = {"first_anchor": first_anchor, "start_percent": start_percent, "end_percent": end_percent}
+        settings = config.Settings(
+            layers=config.LayerSettings(profile=profile, layers=config.parse_layers(layers), front_layers=front_layers),
+            anchors=config.AnchorSettings(**window, spacing=spacing),
+            keep=config.KeepSettings(min_keep=min_keep, max_keep=max_keep, metric=scorer(metric)),
+            reuse=config.ReuseSettings(forecast=forecast, reuse_text=reuse_text),
         )
+        return io.NodeOutput(settings)

@@ -5,7 +5,7 @@ Axes as in `influence.py`; L layers, P image-prompt pairs.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -15,8 +15,7 @@ from .influence import target_aware_score
 from .layout import Layout
 from .trace import Sampled
 
-TOP_M = 3
-"""How many layers the paper chooses, for either of its models."""
+TOP_M = 3  # how many layers the paper chooses, for either of its models
 
 
 def sensitivity_plain(q: Tensor, k: Tensor, layout: Layout, mask: Tensor | None = None) -> Tensor:
@@ -33,8 +32,7 @@ def sensitivity(received: Tensor, layout: Layout) -> Tensor:
     """Context sensitivity of one layer, from `attention_received` [B, H, C] -> [B], in [0, 1].
 
     It is Eq. 4 by head and target row, the sum of all S_j (Eq. 3): the share of the target's attention that the
-    references receive, which is what Fig. 1 shows. The order of the layers is the same, and a large image counts no
-    more than a small one.
+    references receive (Fig. 1). It orders layers as Eq. 4 does, and a large image counts no more than a small one.
     """
     return target_aware_score(received, layout).sum(1)
 
@@ -48,26 +46,21 @@ def top_layers(sensitivity: Tensor, m: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The context sensitivity of all layers, one row a pair: merging adds rows, so nothing is lost or rounded.
+    """The context sensitivity of all layers, one row a pair: merging adds rows, so nothing is lost or rounded."""
 
-    Rows are sorted by `pairs`, the numbers that tell one pair from another, whatever order they came in.
-    """
-
-    pairs: Tensor  # int64 [P]
+    pairs: Tensor  # int64 [P], the numbers that tell one pair from another, ascending
     sensitivity: Tensor  # float64 [P, L], means over the timesteps of a run
     steps: Tensor  # int64 [P], how many timesteps
 
     @classmethod
     def of(cls, depth: int, rows: Iterable[tuple[int, Tensor, int]] = ()) -> Calibration:
         """rows: (pair, sensitivity [L], steps); of two rows of one pair the later one counts."""
-        known = {pair: (row, steps) for pair, row, steps in rows}
-        order = sorted(known)
-        sensitivity = torch.stack([known[pair][0].double() for pair in order]) if order else torch.zeros(0, depth)
-        return cls(
-            torch.tensor(order, dtype=torch.int64),
-            sensitivity.double(),
-            torch.tensor([known[pair][1] for pair in order], dtype=torch.int64),
-        )
+        known = {pair: (row.double(), steps) for pair, row, steps in rows}
+        pairs = sorted(known)
+        none = torch.zeros(0, depth, dtype=torch.float64)
+        sensitivity = torch.stack([known[pair][0] for pair in pairs]) if pairs else none
+        steps = torch.tensor([known[pair][1] for pair in pairs], dtype=torch.int64)
+        return cls(torch.tensor(pairs, dtype=torch.int64), sensitivity, steps)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -106,33 +99,6 @@ class Calibration:
         return tuple(sum(layer in top for top in own) / len(own) for layer in layers)
 
 
-class LayerSearch:
-    """Finds the representative layers of a run on its first anchor step alone: Eq. 4 and 5 over all rows with
-    references.
-    """
-
-    def __init__(self, depth: int):
-        self.depth = depth
-        self.found: dict[Hashable, tuple[int, Tensor, int]] = {}  # set of references -> step, sum of S [L], rows
-
-    def knows(self, references: Hashable, step: int) -> bool:
-        return references in self.found and self.found[references][0] == step
-
-    def add(self, references: Hashable, step: int, total: Tensor, rows: int) -> None:
-        """total [L] is the sum of S over so many rows; calls of one step are added up."""
-        if self.knows(references, step):
-            _, before, count = self.found[references]
-            total, rows = before + total, count + rows
-        self.found[references] = step, total, rows
-
-    def result(self) -> tuple[tuple[int, ...], int]:
-        """The Top-M, and the step that told."""
-        first = min(step for step, _, _ in self.found.values())
-        of_first = [(total.cpu().double(), rows) for step, total, rows in self.found.values() if step == first]
-        mean = torch.stack([total for total, _ in of_first]).sum(0) / sum(rows for _, rows in of_first)
-        return top_layers(mean, min(TOP_M, self.depth)), first
-
-
 @dataclass
 class Listening(Sampled):
     """What one sampling run tells, collected while it goes on: a pair for each of its images."""
@@ -146,10 +112,7 @@ class Listening(Sampled):
         self.heard.setdefault(step, []).append(rows.cpu().double())
 
     def calibration(self) -> Calibration:
-        """The mean over the timesteps (Fig. 1); those calls that share a step are averaged first.
-
-        Raises ValueError where no reference reached the model.
-        """
+        """The mean over the timesteps (Fig. 1), each the mean of its calls; ValueError where there was no reference."""
         if not self.heard:
             raise ValueError(
                 "nothing can be calibrated, as no reference reached the model: "
@@ -159,7 +122,6 @@ class Listening(Sampled):
         return Calibration.of(self.depth, zip(self.pairs, mean, [len(self.heard)] * len(self.pairs), strict=True))
 
     def __str__(self) -> str:
-        """One line for the log."""
         if not self.heard:
             return "no reference reached the model, so nothing was calibrated"
         pairs = f"{len(self.pairs)} image-prompt pair{'s'[: len(self.pairs) > 1]}"

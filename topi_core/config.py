@@ -1,8 +1,6 @@
 """The settings of a run, nested by what they concern and checked where they are made; their defaults are the node's."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from .influence import INFLUENCE, Scorer
@@ -18,19 +16,27 @@ OWN_INTERVAL: dict[Mode, int] = {"reuse": 5, "prune": 10}
 def parse_layers(text: str) -> tuple[int, ...]:
     """ "13, 18,31" -> (13, 18, 31), and an empty text -> ()."""
     try:
-        return tuple(int(part) for part in text.split(",")) if text.strip() else ()
+        return tuple(map(int, text.split(","))) if text.strip() else ()
     except ValueError:
         raise ValueError(
             f"layers must be layer numbers with commas between them, as in '13,18,31', got {text!r}"
         ) from None
 
 
+def _within(low: int, high: int, **values: float) -> None:
+    for name, value in values.items():
+        if not low <= value <= high:  # also refuses NaN
+            raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerSettings:
-    """Which layers score the references (Eq. 5), and how many front layers see all of them.
-
-    What is typed in `layers` and `front_layers` stands in place of what the profile says.
-    """
+    """Which layers score the references (Eq. 5), and how many front layers see all of them, where not the profile's."""
 
     profile: str = "auto"
     layers: tuple[int, ...] = ()
@@ -48,14 +54,11 @@ class AnchorSettings:
     spacing: AnySpacing = "auto"
 
     def __post_init__(self) -> None:
-        _within("update_interval", self.update_interval, 0, 1000)
-        _within("first_anchor", self.first_anchor, 0, 1000)
-        _within("start_percent", self.start_percent, 0, 1)
-        _within("end_percent", self.end_percent, 0, 1)
-        if self.start_percent > self.end_percent:
-            raise ValueError(
-                f"start_percent must not be above end_percent, got {self.start_percent} and {self.end_percent}"
-            )
+        start, end = self.start_percent, self.end_percent
+        _within(0, 1000, update_interval=self.update_interval, first_anchor=self.first_anchor)
+        _within(0, 1, start_percent=start, end_percent=end)
+        if start > end:
+            raise ValueError(f"start_percent must not be above end_percent, got {start} and {end}")
         _one_of("spacing", self.spacing, SPACINGS)
 
 
@@ -69,8 +72,7 @@ class KeepSettings:
     metric: Scorer = INFLUENCE
 
     def __post_init__(self) -> None:
-        for name in ("tau", "min_keep", "max_keep"):
-            _within(name, getattr(self, name), 0, 1)
+        _within(0, 1, tau=self.tau, min_keep=self.min_keep, max_keep=self.max_keep)
         if self.min_keep > self.max_keep:
             raise ValueError(f"min_keep must not be above max_keep, got {self.min_keep} and {self.max_keep}")
 
@@ -88,10 +90,10 @@ class Settings:
     """All that ToPi Patch and ToPi Settings are told."""
 
     mode: Mode = "reuse"
-    layers: LayerSettings = field(default_factory=LayerSettings)
-    anchors: AnchorSettings = field(default_factory=AnchorSettings)
-    keep: KeepSettings = field(default_factory=KeepSettings)
-    reuse: ReuseSettings = field(default_factory=ReuseSettings)
+    layers: LayerSettings = LayerSettings()
+    anchors: AnchorSettings = AnchorSettings()
+    keep: KeepSettings = KeepSettings()
+    reuse: ReuseSettings = ReuseSettings()
 
     def __post_init__(self) -> None:
         _one_of("mode", self.mode, MODES)
@@ -103,9 +105,8 @@ class Settings:
     @property
     def spacing(self) -> Spacing:
         """ "auto" is "steps" for prune, as in the paper, and "sigma" for reuse."""
-        if self.anchors.spacing == "auto":
-            return "sigma" if self.mode == "reuse" else "steps"
-        return self.anchors.spacing
+        own: Spacing = "sigma" if self.mode == "reuse" else "steps"
+        return own if self.anchors.spacing == "auto" else self.anchors.spacing
 
     @property
     def tau(self) -> float:
@@ -120,20 +121,15 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """What a run knows of its network.
-
-    `layers` are the representative ones (Eq. 5), counted over the whole stack from 0; without any, the first anchor
-    finds them. The first `front_layers` always see every token, when pruning. `profile` is where both come from.
-    `hidden` and `linear` are the width and the layers' linear operations, as `cost.layer_flops` wants them.
-    """
+    """What a run knows of its network."""
 
     family: str
     depth: int
-    hidden: int = 0
-    linear: int = 24
-    layers: tuple[int, ...] = ()
-    front_layers: int = 0
-    profile: str = ""
+    hidden: int = 0  # the width
+    linear: int = 24  # linear operations of a layer (`cost.layer_flops`)
+    layers: tuple[int, ...] = ()  # the representative ones (Eq. 5), from 0; without any, the first anchor finds them
+    front_layers: int = 0  # how many always see every token, when pruning
+    profile: str = ""  # where both come from
 
     def __post_init__(self) -> None:
         last = self.depth - 1
@@ -142,13 +138,3 @@ class Model:
             raise ValueError(f"layers must be in [0, {last}] for this model, got {wrong[0]}")
         if not 0 <= self.front_layers <= last:
             raise ValueError(f"front_layers must be in [0, {last}] for this model, got {self.front_layers}")
-
-
-def _within(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:  # also refuses NaN
-        raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")

@@ -1,7 +1,5 @@
 """What a run should cost: the paper's operation counts (appendix F), with the model's true widths."""
 
-from __future__ import annotations
-
 from .config import Model
 from .layout import Layout
 from .plan import Plan
@@ -18,10 +16,7 @@ def layer_flops(tokens: int, hidden: int, linear: int = 24, keys: int | None = N
 
 
 def call_flops(model: Model, plan: Plan, layout: Layout) -> int:
-    """Operations of one prompt in one call of the network. An answer in its place takes none.
-
-    The layers before the plan's first see the whole sequence, the others what its cut leaves of it.
-    """
+    """Operations of one prompt in one call: of the plan's layers, those from the first on see what its cut leaves."""
     if plan.answer is not None:
         return 0
     whole = layer_flops(layout.tokens, model.hidden, model.linear)

@@ -89,12 +89,10 @@ def attention_received_fused(q: Tensor, k: Tensor, layout: Layout) -> Tensor:
     lse, received = (torch.empty(batch, heads, n, dtype=torch.float32, device=q.device) for n in (rows, columns))
     scale, tiles = width**-0.5 * log2(e), dict(ROWS=ROWS, COLUMNS=COLUMNS, D=max(16, triton.next_power_of_2(width)))
     references = k[:, :, layout.reference]
-    strides = *q.stride()[:3], *k.stride()[:3]
+    planes, strides = batch * heads, (*q.stride()[:3], *k.stride()[:3])
     with torch.cuda.device_of(q):
-        log_sum_exp[triton.cdiv(rows, ROWS), batch * heads](
-            q, k, lse, scale, heads, rows, tokens, width, *strides, **tiles
-        )
-        column_sums[triton.cdiv(columns, COLUMNS), batch * heads](
+        log_sum_exp[triton.cdiv(rows, ROWS), planes](q, k, lse, scale, heads, rows, tokens, width, *strides, **tiles)
+        column_sums[triton.cdiv(columns, COLUMNS), planes](
             q, references, lse, received, scale, heads, rows, columns, width, *strides, **tiles
         )
     return received

@@ -4,8 +4,6 @@ Axes: B batch rows, H heads, T target, C references, N the whole sequence, D hea
 after RoPE; the softmax runs over all N keys and its scale is 1 / sqrt(D).
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,8 +16,7 @@ from .layout import Layout
 
 log = logging.getLogger(__name__)
 
-BUDGET = 256 * 2**20
-"""Bytes that the score matrices of one chunk may take, whatever the size of the image."""
+BUDGET = 256 * 2**20  # bytes that the score matrices of one chunk may take, whatever the size of the image
 
 
 def attention_received_plain(q: Tensor, k: Tensor, layout: Layout, mask: Tensor | None = None) -> Tensor:
@@ -36,9 +33,8 @@ def attention_received_plain(q: Tensor, k: Tensor, layout: Layout, mask: Tensor 
 def attention_received(q: Tensor, k: Tensor, layout: Layout, mask: Tensor | None = None) -> Tensor:
     """`attention_received_plain`, computed in float32 (float64 stays): fused where `fusible`, else in chunks."""
     if q.shape != k.shape or q.shape[2] != layout.tokens:
-        raise ValueError(
-            f"queries {tuple(q.shape)} and keys {tuple(k.shape)} must both be [B, H, {layout.tokens}, D] for {layout}"
-        )
+        shapes = f"queries {tuple(q.shape)} and keys {tuple(k.shape)}"
+        raise ValueError(f"{shapes} must both be [B, H, {layout.tokens}, D] for {layout}")
     if mask is None and fusible(q):
         from .fused import attention_received_fused
 
@@ -71,8 +67,7 @@ def fused_agrees(device: torch.device, dtype: torch.dtype, width: int) -> bool:
         return False
     if not error < 1e-3:
         log.warning("ToPi: Triton is off by %.1e here, so influence is computed without it, which is slower", error)
-        return False
-    return True
+    return error < 1e-3
 
 
 def attention_received_chunked(
@@ -127,9 +122,9 @@ def target_aware_score(received: Tensor, layout: Layout) -> Tensor:
 class Scorer:
     """A way to score the reference tokens in one layer; a benchmark brings others.
 
-    A run asks `begin(seed)` once for its function. It is called as score(received, v, layout), with the attention that
-    is received [B, H, C] and the values [B, H, N, D]; with `of_input` as score(hidden, layout, prompts), with the
-    block's input [B, N, W] and the number of prompts in the batch. It returns [B, C], not negative.
+    A run asks `begin(seed)` once for its function, which returns [B, C], not negative: score(received, v, layout), of
+    the attention that is received [B, H, C] and the values [B, H, N, D]; for `of_input` score(hidden, layout, prompts),
+    of the block's input [B, N, W] and the number of prompts in the batch.
     """
 
     name: str
@@ -138,8 +133,7 @@ class Scorer:
 
 
 INFLUENCE = Scorer("influence", lambda seed: influence)
-ATTENTION = Scorer("attention", lambda seed: lambda received, v, layout: received.sum(1))
-"""Table 3's attention alone."""
+ATTENTION = Scorer("attention", lambda seed: lambda received, v, layout: received.sum(1))  # Table 3's attention alone
 SCORERS = {scorer.name: scorer for scorer in (INFLUENCE, ATTENTION)}
 
 

@@ -1,7 +1,6 @@
 """Keys and values of text and references, kept at an anchor and used until the next one.
 
-A token whose keys and values are kept costs a column of the attention and nothing else. From the second anchor on they
-may be extrapolated: what they changed by since the anchor before, they go on changing by.
+From the second anchor on they may be extrapolated: what they changed by since the one before, they go on changing by.
 
 Axes: I images of one prompt, H heads, C reference tokens, K kept ones, X text tokens, D head dimension. Keys and values
 are [I, H, X + C, D], or [I, X + C, H * D] where a model splits its heads later; tokens are the last dimension but one.
@@ -24,10 +23,8 @@ from .plan import AttentionSite
 log = logging.getLogger(__name__)
 
 Location = Literal["device", "host"]
-Held = tuple[Tensor, ...]
-"""Keys or values in the form of a codec; tokens are the last dimension but one of each tensor."""
-Pair = tuple[Held, Held]
-"""Keys and values of one attention."""
+Held = tuple[Tensor, ...]  # keys or values in the form of a codec
+Pair = tuple[Held, Held]  # keys and values of one attention
 
 
 class Codec:
@@ -68,22 +65,21 @@ class Extrapolation(NamedTuple):
     def write(self, out: Tensor) -> None:
         """Puts them into `out` [I, .., K, D], which may have more heads: as many in a row get the same."""
         x = self.codec.decode(self.held)
-        change = None if self.change is None else self.codec.decode(self.change)
-        if change is not None and out.shape == x.shape:
-            torch.add(x, change, alpha=self.ahead, out=out)
-            return
-        now = x if change is None else x.add(change, alpha=self.ahead)
-        if out.shape != now.shape:
-            out, now = out.unflatten(1, (now.shape[1], -1)), now.unsqueeze(2)
-        out.copy_(now)
+        if self.change is not None:
+            x = torch.add(
+                x, self.codec.decode(self.change), alpha=self.ahead, out=out if out.shape == x.shape else None
+            )
+        if out.shape != x.shape:
+            out, x = out.unflatten(1, (x.shape[1], -1)), x.unsqueeze(2)
+        if x is not out:
+            out.copy_(x)
 
 
 def extrapolation_weight(since: float, span: float) -> float:
-    """How much of what changed from one anchor to the next is added, when sigma went on by `since` from the later one.
+    """The w of x + w (x - x_before): sigma went by `span` between two anchors, and by `since` from the later one on.
 
-    Between those two it went by `span`. A straight line through both, x + w (x - x_before) with w = since / span,
-    followed no further than it is long: 0 <= w <= 1. Extrapolating from a sampler's past is known from caches of whole
-    blocks (TaylorSeer, arXiv 2503.06923); here it is the references' keys and values.
+    A straight line, followed no further than it is long: 0 <= w <= 1. Extrapolating from a sampler's past is known from
+    caches of whole blocks (TaylorSeer, arXiv 2503.06923); here it is the references' keys and values.
     """
     return min(max(since / span, 0.0), 1.0) if span else 0.0
 
@@ -104,9 +100,7 @@ def extend(x: Tensor, more: Sequence[Extrapolation]) -> Tensor:
 
 
 def extend_mask(mask: Tensor, tokens: int, own: slice, kept: int) -> Tensor:
-    """A mask [.., tokens] over the keys of a sequence, for those of its `own` part and `kept` more that nothing hides;
-    one of another width stays.
-    """
+    """A mask [.., tokens] over keys, for its `own` part and `kept` more that nothing hides; other widths stay."""
     if mask.shape[-1] != tokens:
         return mask
     return torch.nn.functional.pad(mask[..., own], (0, kept), value=mask.dtype == torch.bool)
@@ -136,9 +130,9 @@ class KVCache:
     coming: dict[AttentionSite, _Transfer] = field(default_factory=dict)
 
     def open(self, step: int, sigma: float, extrapolate: bool) -> None:
-        """An anchor is about to come, which changes nothing before it puts something: a cache may skip its call.
+        """An anchor is about to come; until it puts something, nothing changes, as a cache may skip its call.
 
-        With `extrapolate` what is held of an earlier step is compared with. A second call of one and the same anchor
+        With `extrapolate` it is compared with what is held of an earlier step. A second call of one and the same anchor
         takes the first one's place: that has found already what changed.
         """
         self.opening = step, sigma, extrapolate
@@ -168,7 +162,7 @@ class KVCache:
         self.opening = self.before = None
         self.reached.clear()
         if step != self.step and extrapolate and self.entries:
-            self.before = self.text, None if self.kept is None else self.rows(self.kept)
+            self.before = self.text, None if self.kept is None else self._rows()
             self.span = sigma - self.sigma
         elif step != self.step:
             self.changes.clear()
@@ -193,32 +187,28 @@ class KVCache:
         """Drops the reference tokens that are not kept: kept [I, K], ascending, on any device."""
         self.kept, self.used = kept.to(self._some.device), True
         if kept.shape[1] < self.reference_tokens:
-            rows = self.rows(self.kept)
+            rows = self._rows()
             for pairs in (self.entries, self.changes):
                 for site, (k, v) in pairs.items():
                     pairs[site] = tuple(_take(t, rows) for t in k), tuple(_take(t, rows) for t in v)
 
-    def rows(self, kept: Tensor) -> Tensor:
-        """The text and these reference tokens [I, K], as tokens of the cache [I, X + K]."""
-        text = torch.arange(self.text, device=kept.device).expand(len(kept), -1)
-        return torch.cat((text, self.text + kept), 1)
+    def _rows(self) -> Tensor:
+        """The text and the kept reference tokens, among all tokens of an anchor [I, X + K]."""
+        assert self.kept is not None
+        text = torch.arange(self.text, device=self.kept.device).expand(len(self.kept), -1)
+        return torch.cat((text, self.text + self.kept), 1)
 
     def read(self, site: AttentionSite, device: torch.device, sigma: float, text: bool = False) -> list[Extrapolation]:
         """Keys and values of one attention, on the device, as they should be at `sigma`: those of the references, and
-        with `text` those of the text before them.
-
-        The next attention's are sent for, where they lie in host memory. RuntimeError for an attention that no anchor
-        has reached.
+        with `text` those of the text before them. RuntimeError for an attention that no anchor has reached.
         """
         self.used = True
         if site not in self.entries:
             raise RuntimeError(not_reached(site[0]))
-        if site in self.changes:
-            ahead = extrapolation_weight(sigma - self.sigma, self.span)
-            pairs = zip(self.entries[site], self.changes[site], strict=True)
-            both = [Extrapolation(*pair, ahead, self.codec) for pair in pairs]
-        else:
-            both = [Extrapolation(held, codec=self.codec) for held in self._arrived(site, device)]
+        changes = self.changes.get(site, (None, None))
+        ahead = extrapolation_weight(sigma - self.sigma, self.span)
+        pairs = zip(self._arrived(site, device), changes, strict=True)
+        both = [Extrapolation(held, change, ahead, self.codec) for held, change in pairs]
         return both if text or not self.text else [each.behind(self.text) for each in both]
 
     @property
@@ -231,6 +221,10 @@ class KVCache:
         pairs = (*self.entries.values(), *self.changes.values())
         return sum(t.nbytes for pair in pairs for held in pair for t in held)
 
+    @property
+    def _some(self) -> Tensor:
+        return next(iter(self.entries.values()))[0][0]
+
     def clear(self) -> None:
         """Lets go of everything, also of what is on its way."""
         for transfer in self.coming.values():
@@ -239,17 +233,13 @@ class KVCache:
             part.clear()
         self.before = None
 
-    @property
-    def _some(self) -> Tensor:
-        return next(iter(self.entries.values()))[0][0]
-
     def _arrived(self, site: AttentionSite, device: torch.device) -> Pair:
         if self.location == "device" or device.type != "cuda":
             return self.entries[site]
         stream = _stream(device)
         transfer = self.coming.pop(site, None) or _Transfer(self.entries[site], stream)
         sites = list(self.entries)  # in the order of the layers, as the anchor met them
-        for after in sites[sites.index(site) + 1 :][:1]:
+        for after in sites[sites.index(site) + 1 :][:1]:  # the next attention's are sent for
             self.coming[after] = _Transfer(self.entries[after], stream)
         return transfer.arrived()
 
@@ -264,20 +254,14 @@ def not_reached(layer: int) -> str:
 class Memory(Protocol):
     """What keys and values take beside one call of the model, and the room for them."""
 
-    def size(self, tokens: int) -> int:
-        """Bytes of so many tokens' keys and values in all attentions."""
-        ...
+    def size(self, tokens: int) -> int: ...  # bytes of so many tokens' keys and values in all attentions
 
     def where(self, size: float, back: float = 0) -> Location | None:
-        """Where `size` bytes more fit: on the device, else on the host, else nowhere.
-
-        `back` are bytes on the host that were given back just now.
-        """
-        ...
+        """Where `size` bytes more fit: on the device, else on the host (which was given `back` back), else None."""
 
 
 class KVStore:
-    """The caches of one run. It asks for room before that is taken.
+    """The caches of one run, which asks for room before it takes it.
 
     Without more room nothing is extrapolated, without any on the device keys and values lie in host memory, and
     without any there the prompts that need it run in full; the log says each of these once. Where the device runs out
@@ -315,22 +299,17 @@ class KVStore:
     def nbytes(self) -> int:
         return sum(each.nbytes for each in self.of_cond.values())
 
-    @property
-    def extrapolating(self) -> bool:
-        return any(each.changes for each in self.of_cond.values())
-
     def give_up(self) -> bool:
         """Lets go of all memory, and takes none any more; False where there is none."""
-        size = self.nbytes
-        if not size:
-            return False
-        log.warning(
-            "ToPi: the GPU ran out of memory beside %.1f GB of keys and values, so the rest of the run goes on in full",
-            size / 1e9,
-        )
-        self.clear()
-        self.given_up = True
-        return True
+        size = self.nbytes / 1e9
+        if size:
+            log.warning(
+                "ToPi: the GPU ran out of memory beside %.1f GB of keys and values, so the rest of the run goes on in "
+                "full", size,
+            )  # fmt: skip
+            self.clear()
+            self.given_up = True
+        return bool(size)
 
     def clear(self) -> None:
         """Lets go of all memory at once, also where an error's frames still hold a cache."""
@@ -345,21 +324,18 @@ class KVStore:
 
         They stay as they are beside what comes anew, and as much again for what changed.
         """
-        known = {cond: each for cond in conds if (each := self.get(cond)) is not None and self.extrapolate}
-        held = {
-            cond: each
-            for cond, each in known.items()
-            if each.location == "device" and (each.step != step or not each.used)
-        }
-        more = max(0, size * (len(conds) + len(held)) - sum(each.nbytes for each in held.values()))
-        if more and held and where(more) != "device":
+        held = {}
+        for cond in conds if self.extrapolate else ():
+            each = self.get(cond)
+            if each is not None and each.location == "device" and (each.step != step or not each.used):
+                held[cond] = each
+        more = size * (len(conds) + len(held)) - sum(each.nbytes for each in held.values())
+        if held and more > 0 and where(more) != "device":
             self.extrapolate = False
             for each in self.of_cond.values():  # of no prompt, or guidance would multiply the difference
                 each.changes.clear()
-            log.warning(
-                "ToPi: no room for %.1f GB more, so keys and values are reused as they were instead of forecast",
-                more / 1e9,
-            )
+            said = "ToPi: no room for %.1f GB more, so keys and values are reused as they were instead of forecast"
+            log.warning(said, more / 1e9)
             return {}
         return held
 
@@ -371,7 +347,7 @@ class KVStore:
             if not self.denied:
                 log.warning("ToPi: no room for %.1f GB of keys and values, so what needs them runs in full", size / 1e9)
             self.denied.update(conds)
-        if location == "host" and not self.offloaded:
+        elif location == "host" and not self.offloaded:
             self.offloaded = True
             log.warning(
                 "ToPi: no room on the GPU for %.1f GB of keys and values, so they lie in host memory and are not "
@@ -419,8 +395,8 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 class _Transfer:
     """A copy from pinned memory to a CUDA device, on a stream of its own beside the current one's work.
 
-    Its memory is the current stream's, and the copy waits for what that had to do when it was ordered: so what the
-    attentions before have used is used again, and two of them at most are ever on the device.
+    Its memory is the current stream's, whose work so far it waits for: what the attentions before have used is used
+    again, and two of them at most are ever on the device.
     """
 
     def __init__(self, pair: Pair, stream: torch.cuda.Stream):

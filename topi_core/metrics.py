@@ -1,7 +1,5 @@
 """How close two images are: PSNR and SSIM."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,7 +38,6 @@ def ssim(a: Tensor, b: Tensor, window: int = 11, sigma: float = 1.5) -> Tensor:
 
 
 def _same_shape(name: str, a: Tensor, b: Tensor) -> None:
-    if a.shape != b.shape or a.ndim != 4:
-        raise ValueError(
-            f"{name} needs two batches [B, C, H, W] of one shape, got {tuple(a.shape)} and {tuple(b.shape)}"
-        )
+    shapes = tuple(a.shape), tuple(b.shape)
+    if shapes[0] != shapes[1] or a.ndim != 4:
+        raise ValueError(f"{name} needs two batches [B, C, H, W] of one shape, got {shapes[0]} and {shapes[1]}")

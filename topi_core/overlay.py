@@ -1,7 +1,5 @@
 """From kept tokens to pixels: where a token's share of the image is, and a drawing of it as in the paper's Fig. 7."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -11,22 +9,21 @@ from .trace import Anchor, Run
 
 GOLD = (1.0, 0.78, 0.10)
 FAINT = 0.1  # weight of the kept token with the least influence
-Size = tuple[int, ...]
-"""Height, width."""
+Size = tuple[int, ...]  # height, width
 
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """How a reference image became tokens: its latent has `cells`, a token covers `patch` x `patch` of them.
+    """How a reference image became tokens.
 
-    A cell covers `cell_pixels` x `cell_pixels` pixels. An image that was encoded as it is lost what is left over of
-    that at its edges, around its middle; one of another size was scaled, and counts in proportion. A latent whose
-    sides are no multiple of the patch is padded at its end, so its last tokens cover fewer cells.
+    An image that was encoded as it is lost, at its edges, what its middle's cells leave over; one of another size was
+    scaled, and counts in proportion. A latent whose sides are no multiple of the patch is padded at its end, so its
+    last tokens cover fewer cells.
     """
 
-    cells: Size
-    patch: int
-    cell_pixels: int
+    cells: Size  # of its latent
+    patch: int  # cells of a token, along one side
+    cell_pixels: int  # pixels of a cell, along one side
 
     @property
     def grid(self) -> Size:
@@ -35,28 +32,23 @@ class Geometry:
 
     def fits(self, image: Size) -> bool:
         """Whether some scale brings the image to this latent, with less than a cell of rounding a side."""
-        low = max((cells - 1) / pixels for cells, pixels in zip(self.cells, image, strict=True))
-        high = min((cells + 1) / pixels for cells, pixels in zip(self.cells, image, strict=True))
-        return low < high
+        sides = [((cells - 1) / pixels, (cells + 1) / pixels) for cells, pixels in zip(self.cells, image, strict=True)]
+        return max(low for low, _ in sides) < min(high for _, high in sides)
 
-    def tokens_of_pixels(self, image: Size) -> tuple[Tensor, Tensor]:
-        """Which token row and column the pixels of an image belong to, [H] and [W]; -1 where it was cropped away."""
-        as_it_is = all(pixels // self.cell_pixels == cells for pixels, cells in zip(image, self.cells, strict=True))
-        rows, columns = (self._side(pixels, cells, as_it_is) for pixels, cells in zip(image, self.cells, strict=True))
-        return rows, columns
+    def spread(self, values: Tensor, image: Size) -> Tensor:
+        """Of this reference's tokens [.., tokens] -> [.., H, W]: on the pixels that they came from, else 0 or False."""
+        as_it_is = tuple(pixels // self.cell_pixels for pixels in image) == tuple(self.cells)
+        rows, columns = (self._tokens(*side, as_it_is) for side in zip(image, self.cells, strict=True))
+        grid = values[..., : self.grid[0] * self.grid[1]].unflatten(-1, self.grid)
+        return torch.nn.functional.pad(grid, (0, 1, 0, 1))[..., rows, :][..., columns]  # -1 is the padding
 
-    def _side(self, pixels: int, cells: int, as_it_is: bool) -> Tensor:
+    def _tokens(self, pixels: int, cells: int, as_it_is: bool) -> Tensor:
+        """Which token each pixel along one side belongs to; -1 where it was cropped away."""
         place = torch.arange(pixels)
         if not as_it_is:
             return place * cells // pixels // self.patch
         cell = (place - pixels % self.cell_pixels // 2).div(self.cell_pixels, rounding_mode="floor")
         return torch.where((cell >= 0) & (cell < cells), cell // self.patch, -1)
-
-    def spread(self, tokens: Tensor, image: Size) -> Tensor:
-        """Values of this reference's tokens [tokens] -> [H, W]: on the pixels that they came from, else 0 or False."""
-        rows, columns = self.tokens_of_pixels(image)
-        grid = torch.nn.functional.pad(tokens[: self.grid[0] * self.grid[1]].view(self.grid), (0, 1, 0, 1))
-        return grid[rows][:, columns]  # -1 is the padding
 
 
 def geometry(run: Run, anchor: Anchor, reference: int) -> Geometry:
@@ -71,9 +63,9 @@ def kept_of(anchor: Anchor, reference: int) -> Tensor:
 def weight_of(anchor: Anchor, reference: int) -> Tensor:
     """How strongly each token of one reference is drawn, by its influence: [images, tokens] in 0..1; 0 if dropped."""
     kept = kept_of(anchor, reference).float()
-    return (
-        kept if anchor.ranks is None else kept * (FAINT + (1 - FAINT) * anchor.ranks[:, _part(anchor, reference)] / 255)
-    )
+    if anchor.ranks is None:
+        return kept
+    return kept * (FAINT + (1 - FAINT) * anchor.ranks[:, _part(anchor, reference)] / 255)
 
 
 def _part(anchor: Anchor, reference: int) -> slice:

@@ -22,16 +22,15 @@ if TYPE_CHECKING:
 
 Kind = Literal["skipped", "full", "pruned", "reused", "anchor"]
 """What becomes of a call or a step, in the order in which the calls of one step outrank one another."""
-AttentionSite = tuple[int, int]
-"""A layer, and which of its attentions: most have one."""
+AttentionSite = tuple[int, int]  # A layer, and which of its attentions: most have one
 
 
 @dataclass
 class Attention:
     """What one attention is about to compute. Who listens may put other keys, values and masks in their place.
 
-    q, k, v are [B, H, N, D], or [B, N, H * D] where the model `splits_later`: tokens are the last dimension but one.
-    There may be fewer heads of keys and values than of queries (grouped-query attention).
+    q, k, v are [B, H, N, D], or [B, N, H * D] where the model `splits_later`; keys and values may have fewer heads than
+    queries (grouped-query attention).
     """
 
     site: AttentionSite
@@ -44,10 +43,9 @@ class Attention:
 
     def heads_first(self) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v as [B, H, N, D], all with as many heads as the queries."""
-        q, k, v = (
-            x.unflatten(-1, (self.heads, -1)).transpose(1, 2) if self.splits_later else x
-            for x in (self.q, self.k, self.v)
-        )
+        q, k, v = self.q, self.k, self.v
+        if self.splits_later:
+            q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
         k, v = (x if x.shape[1] == self.heads else x.repeat_interleave(self.heads // x.shape[1], 1) for x in (k, v))
         return q, k, v
 
@@ -71,41 +69,36 @@ class Cut:
     """Which rows of the sequence the blocks compute, and which keys their attentions see (Eq. 12).
 
     Rows: the first `text` tokens of the text (None: all), the target, and the references' tokens `kept`, [1 or B, K]
-    indices in ascending order (None: all).
-    Keys: where nothing stands in, those of the rows. With `stand_in` the keys and values of those references' tokens
-    [1 or B, K] are kept from an anchor, no row of theirs is computed, and they stand behind the attention's own; with
-    `stand_in_text` so do those of the whole text, before the references'.
+    ascending indices (None: all). Keys: those of the rows. But keys and values of the references' tokens `stand_in`
+    [1 or B, K] are kept from an anchor: no row of any reference is computed, and they stand behind the attention's own;
+    with `stand_in_text` so do those of the whole text, before the references'.
     """
 
     text: int | None = None
     kept: Tensor | None = None
     stand_in: Tensor | None = None
     stand_in_text: bool = False
-    _indices: dict[tuple[Layout, str], Tensor] = field(default_factory=dict)
+    _indices: dict[tuple[Layout, bool], Tensor] = field(default_factory=dict)
 
     def rows(self, layout: Layout) -> Tensor:
         """Indices of the rows that are computed, [1 or B, n] into the sequence of this layout."""
-        return self._index(layout, "rows", self._rows)
+        return self._index(layout, keys=False)
 
     def keys(self, layout: Layout) -> Tensor:
         """Where the attention's keys come from, [1 or B, m] into the sequence of this layout."""
-        return self.rows(layout) if self.stand_in is None else self._index(layout, "keys", self._keys)
+        return self._index(layout, keys=self.stand_in is not None)
 
     def tokens(self, layout: Layout) -> int:
         """How many rows are computed."""
-        return self._text_rows(layout) + layout.target_tokens + self._reference_rows(layout)
+        return self.rows(layout).shape[1]
 
     def key_tokens(self, layout: Layout) -> int:
         """How many keys an attention sees."""
-        if self.stand_in is None:
-            return self.tokens(layout)
-        return layout.text_tokens + layout.target_tokens + self.stand_in.shape[1]
+        return self.keys(layout).shape[1]
 
     def own_keys(self, layout: Layout, tokens: int) -> slice:
         """Of an attention's own keys, those that nothing stands in for: all but the text's, which is at one end."""
-        if not self.stand_in_text:
-            return slice(0, tokens)
-        text = self._text_rows(layout)
+        text = self.tokens(layout) - layout.target_tokens if self.stand_in_text else 0
         return slice(text, tokens) if layout.text.start == 0 else slice(0, tokens - text)
 
     def gather(self, x: Tensor, layout: Layout, dim: int = 1) -> Tensor:
@@ -122,48 +115,29 @@ class Cut:
         return whole.scatter(1, rows, short)
 
     def shorten(self, x: Tensor, layout: Layout, dims: Iterable[int]) -> Tensor:
-        """x, positions or a mask, gathered along those of `dims` that run over all tokens, or all of the images.
-
-        The last dimension of a mask runs over keys.
-        """
+        """x, positions or a mask, gathered along those of `dims` that run over all or the images' tokens; -1: keys."""
         for dim in dims:
             of = layout.of(x.shape[dim])
             if of is not None:
                 x = (self.gather_keys if dim == -1 else self.gather)(x, of, dim % x.ndim)
         return x
 
-    def _text_rows(self, layout: Layout) -> int:
-        return layout.text_tokens if self.text is None else min(self.text, layout.text_tokens)
-
-    def _reference_rows(self, layout: Layout) -> int:
-        if self.stand_in is not None:
-            return 0
-        return layout.reference_tokens if self.kept is None else self.kept.shape[1]
-
-    def _index(self, layout: Layout, name: str, make: Callable[[Layout], list[Tensor]]) -> Tensor:
-        if (layout, name) not in self._indices:
-            parts = make(layout)
-            batch = max(len(part) for part in parts)
-            self._indices[layout, name] = torch.cat([part.expand(batch, -1) for part in parts], 1)
-        return self._indices[layout, name]
-
-    def _rows(self, layout: Layout) -> list[Tensor]:
-        text = self._range(layout.text)[:, : self._text_rows(layout)]
-        by_part = {"text": text, "target": self._range(layout.target)}
-        if self.stand_in is None:
-            all_of_them = self._range(layout.reference)
-            by_part["references"] = all_of_them if self.kept is None else layout.reference.start + self.kept
-        return [by_part[part] for part in layout.order if part in by_part]
-
-    def _keys(self, layout: Layout) -> list[Tensor]:
-        assert self.stand_in is not None
-        own = [part for part in layout.order if part != "references" and not (part == "text" and self.stand_in_text)]
-        behind = [self._range(layout.text)] * self.stand_in_text
-        return [self._range(getattr(layout, part)) for part in own] + behind + [layout.reference.start + self.stand_in]
-
-    def _range(self, part: slice) -> Tensor:
-        some = self.kept if self.stand_in is None else self.stand_in
-        return torch.arange(part.start, part.stop, device=None if some is None else some.device)[None]
+    def _index(self, layout: Layout, keys: bool) -> Tensor:
+        if (layout, keys) not in self._indices:
+            some = self.kept if self.stand_in is None else self.stand_in
+            every = torch.arange(layout.tokens, device=None if some is None else some.device)[None]
+            text, target = every[:, layout.text], every[:, layout.target]
+            references = every[:, layout.reference] if some is None else layout.reference.start + some
+            own, behind = {"text": text[:, : self.text], "target": target, "references": references}, []
+            if self.stand_in is not None:
+                behind = [own.pop("references")]
+            if self.stand_in_text and keys:
+                del own["text"]
+                behind = [text, *behind]
+            parts = [own[part] for part in layout.order if part in own] + behind * keys
+            batch = max(map(len, parts))
+            self._indices[layout, keys] = torch.cat([part.expand(batch, -1) for part in parts], 1)
+        return self._indices[layout, keys]
 
 
 def _take(x: Tensor, index: Tensor, dim: int) -> Tensor:
@@ -178,22 +152,17 @@ def _take(x: Tensor, index: Tensor, dim: int) -> Tensor:
 
 @dataclass(eq=False)
 class Plan:
-    """What one call computes, and who looks on. Without a cut it is what the network does by itself.
-
-    The cut holds for the blocks from `first_layer` on. An `answer` stands in place of the network's output, and
-    nothing is computed. `notes` are what a saving wants to find again when the call has run. A call that `counts` is
-    the newest anchor of its sets of references.
-    """
+    """What one call computes, and who looks on. Without a cut it is what the network does by itself."""
 
     kind: Kind = "full"
     cut: Cut | None = None
-    first_layer: int = 0
+    first_layer: int = 0  # of those that the cut holds for
     attention: dict[int, list[OnAttention]] = field(default_factory=lambda: defaultdict(list))
     inputs: dict[int, list[OnInput]] = field(default_factory=lambda: defaultdict(list))
     output: list[OnOutput] = field(default_factory=list)
-    answer: Tensor | None = None
-    notes: dict[Saving, Any] = field(default_factory=dict)
-    counts: bool = True
+    answer: Tensor | None = None  # in place of the network's output: nothing is computed
+    notes: dict[Saving, Any] = field(default_factory=dict)  # what a saving wants to find again when the call has run
+    counts: bool = True  # an anchor is the newest one of its sets of references
 
     def on_attention(self, handler: OnAttention, layers: Iterable[int]) -> None:
         for layer in layers:
@@ -205,37 +174,28 @@ class Plan:
 
 
 class CondKey(NamedTuple):
-    """What has its own keys and values: a prompt, in a list of prompts, with blocks that others replace.
+    """What has its own keys and values."""
 
-    ComfyUI gives a prompt's area to the other list by a copy with the same uuid. Skip layer guidance calls a prompt a
-    second time with some blocks left out, context windows once for each part of the picture.
-    """
-
-    uuid: UUID
-    side: int
-    replaced: frozenset[tuple]
-    window: tuple[int, ...] = ()
+    uuid: UUID  # of a prompt
+    side: int  # which list of prompts: ComfyUI gives an area to the other one by a copy with the same uuid
+    replaced: frozenset[tuple]  # blocks; skip layer guidance calls a prompt a second time without some of them
+    window: tuple[int, ...] = ()  # context windows call a prompt once for each part of the picture
 
 
 @dataclass(eq=False)
 class Call:
-    """One call of the network: its rows are `conds` x `images`, prompt by prompt.
-
-    `sets` has the references of each prompt, and is empty where the call has none. `text_leaves` says whether the
-    network bears that its text leaves the sequence. `computed` turns true when the network really runs, as a cache may
-    answer in its place; from then on the layout has the text as the blocks get it.
-    """
+    """One call of the network: its rows are `conds` x `images`, prompt by prompt."""
 
     step: int
     sigma: float
-    layout: Layout
+    layout: Layout  # with the text as the blocks get it, once `computed`
     conds: tuple[CondKey, ...]
     images: int
     device: torch.device
-    sets: Sequence[ReferenceSet] = ()
-    text_leaves: bool = False
+    sets: Sequence[ReferenceSet] = ()  # the references of each prompt; empty where the call has none
+    text_leaves: bool = False  # whether the network bears that its text leaves the sequence
     memory: Memory | None = None
-    computed: bool = False
+    computed: bool = False  # turns true when the network really runs, as a cache may answer in its place
 
     def rows(self, prompt: int) -> slice:
         return slice(prompt * self.images, (prompt + 1) * self.images)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +23,8 @@ from .calibration import Calibration
 FOLDER = Path(__file__).parent / "profiles"
 SUFFIX = ".safetensors"
 FORMAT = "topi profile 1"
+WORDS, NUMBERS = ("family", "source", "date"), ("depth", "hidden", "front_layers")
+"""What the metadata have beside the layers and the versions."""
 TENSORS = {"pairs": (torch.int64, 1), "sensitivity": (torch.float64, 2), "steps": (torch.int64, 1)}
 
 
@@ -32,50 +35,40 @@ def default_front_layers(depth: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """Where a model of this family, depth and width looks at its references.
+    """Where a model of this family, depth and width looks at its references."""
 
-    `source` says in words where the layers come from, `date` (UTC) when, `versions` of what made it. `calibration` has
-    no rows where only the layers are known, as of the published ones. `name` is that of the file.
-    """
-
-    name: str
+    name: str  # of its file
     family: str
     depth: int
     hidden: int
     layers: tuple[int, ...]
     front_layers: int
-    source: str
-    date: str = ""
-    versions: dict[str, str] = field(default_factory=dict)
-    calibration: Calibration
+    source: str  # of the layers, in words
+    date: str = ""  # UTC
+    versions: dict[str, str] = field(default_factory=dict)  # of what made it
+    calibration: Calibration  # without rows where only the layers are known, as of the published ones
 
     def __post_init__(self) -> None:
-        layers = self.layers
-        if not layers or sorted(set(layers)) != list(layers) or layers[0] < 0 or layers[-1] >= self.depth:
-            raise ValueError(f"layers must be ascending and in [0, {self.depth - 1}], got {list(layers)}")
+        if not self.layers or sorted(set(self.layers) & set(range(self.depth))) != list(self.layers):
+            raise ValueError(f"layers must be ascending and in [0, {self.depth - 1}], got {list(self.layers)}")
         if not 0 <= self.front_layers < self.depth:
             raise ValueError(f"front_layers must be in [0, {self.depth - 1}], got {self.front_layers}")
         if self.calibration.depth != self.depth:
             raise ValueError(f"the calibration is of {self.calibration.depth} layers, the model has {self.depth}")
 
     @classmethod
-    def calibrated(
-        cls, calibration: Calibration, top_m: int, *, name: str, family: str, hidden: int, versions: dict[str, str]
-    ) -> Profile:
-        """The Top-M of a calibration (Eq. 5)."""
+    def calibrated(cls, calibration: Calibration, top_m: int, **known: Any) -> Profile:
+        """The Top-M of a calibration (Eq. 5); known: its name, family, hidden and versions."""
         steps = sorted(set(calibration.steps.tolist()))
         span = f"{steps[0]} to {steps[-1]}" if len(steps) > 1 else f"{steps[0]}"
         return cls(
-            name=name,
-            family=family,
             depth=calibration.depth,
-            hidden=hidden,
             layers=calibration.top(top_m),
             front_layers=default_front_layers(calibration.depth),
             source=f"Top-{top_m} of {len(calibration)} image-prompt pairs over {span} steps each, by ToPi Calibrate",
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            versions=versions,
             calibration=calibration,
+            **known,
         )
 
     def fits(self, family: str, depth: int, hidden: int) -> bool:
@@ -102,13 +95,13 @@ def read(path: Path, name: str) -> Profile:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"its metadata do not say {FORMAT!r}")
-            return replace(_profile(metadata, {key: file.get_tensor(key) for key in TENSORS}), name=name)
+            return _profile(name, metadata, {key: file.get_tensor(key) for key in TENSORS})
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         what = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise ValueError(f"{path} is no profile that ToPi can use, or it is damaged: {what}") from None
 
 
-def _profile(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> Profile:
+def _profile(name: str, metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> Profile:
     for key, (dtype, axes) in TENSORS.items():
         found = tensors[key]
         if (found.dtype, found.ndim, len(found)) != (dtype, axes, len(tensors["pairs"])):
@@ -119,18 +112,9 @@ def _profile(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> Prof
     versions = json.loads(metadata["versions"])
     if not isinstance(versions, dict):
         raise ValueError("versions must be a JSON object")
-    return Profile(
-        name="",
-        family=metadata["family"],
-        depth=int(metadata["depth"]),
-        hidden=int(metadata["hidden"]),
-        layers=tuple(int(layer) for layer in metadata["layers"].split(",")),
-        front_layers=int(metadata["front_layers"]),
-        source=metadata["source"],
-        date=metadata["date"],
-        versions=versions,
-        calibration=Calibration(**tensors),
-    )
+    plain: dict[str, Any] = {key: metadata[key] for key in WORDS} | {key: int(metadata[key]) for key in NUMBERS}
+    layers = tuple(map(int, metadata["layers"].split(",")))
+    return Profile(name=name, layers=layers, versions=versions, calibration=Calibration(**tensors), **plain)
 
 
 def to_bytes(profile: Profile) -> bytes:
@@ -138,17 +122,12 @@ def to_bytes(profile: Profile) -> bytes:
     calibration = profile.calibration
     metadata = {
         "format": FORMAT,
-        "family": profile.family,
-        "depth": str(profile.depth),
-        "hidden": str(profile.hidden),
+        **{key: str(getattr(profile, key)) for key in (*WORDS, *NUMBERS)},
         "layers": ",".join(map(str, profile.layers)),
-        "front_layers": str(profile.front_layers),
         "pairs": str(len(calibration)),
-        "source": profile.source,
-        "date": profile.date,
         "versions": json.dumps(profile.versions, sort_keys=True),
     }
-    file = save({f.name: getattr(calibration, f.name).contiguous() for f in fields(calibration)}, metadata)
+    file = save({key: getattr(calibration, key).contiguous() for key in TENSORS}, metadata)
     start = 8 + int.from_bytes(file[:8], "little")
     header = json.dumps(json.loads(file[8:start]), sort_keys=True).encode()  # safetensors shuffles the metadata
     header += b" " * (-len(header) % 8)

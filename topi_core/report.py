@@ -1,32 +1,25 @@
-"""A run in figures, in a line, and as a short table: what it kept, what that took, and why nothing was saved.
+"""A run in figures, in a line, and as a short table: what it kept, what that took, and why nothing was saved."""
 
-Log, report and page all tell the same figures of a run.
-"""
-
-from __future__ import annotations
-
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median
+
+from torch import Tensor
 
 from . import cost
 from .overlay import kept_of
 from .profiles import Profile
 from .trace import SHORTER, Run, Sampled
 
-NO_ROOM = "there was no room for the references' keys and values: use fewer or smaller ones, or the mode prune"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """Times are medians in seconds, None where no such step was timed; the first step pays for loading and is not.
-
-    `shorter` are the steps that are pruned or reused.
-    """
+    """Times are medians in seconds, None where no such step was timed; the first step pays for loading and is not."""
 
     anchors: int
     full: int
-    shorter: int
+    shorter: int  # pruned or reused
     skipped: int
     full_seconds: float | None
     shorter_seconds: float | None
@@ -37,27 +30,25 @@ class Figures:
 
 
 def figures(run: Run) -> Figures:
-    kinds = [step.kind for step in run.steps]
-    scoring = {anchor.step: 0.0 for anchor in run.anchors}
+    count = Counter(step.kind for step in run.steps)
+    scoring: dict[int, float] = defaultdict(float)  # by step
     for anchor in run.anchors:
         scoring[anchor.step] += anchor.seconds
-    timed = run.steps[1:]
+    timed, scored = run.steps[1:], sum(scoring.values())
     full = _median(step.seconds - scoring.get(step.index, 0.0) for step in timed if step.kind in ("full", "anchor"))
-    shorter_seconds = _median(step.seconds for step in timed if step.kind in SHORTER)
-    anchors, whole = kinds.count("anchor"), kinds.count("full")
-    shorter = sum(kind in SHORTER for kind in kinds)
+    short = _median(step.seconds for step in timed if step.kind in SHORTER)
     total = sum(step.seconds for step in run.steps)
     return Figures(
-        anchors=anchors,
-        full=whole,
-        shorter=shorter,
-        skipped=kinds.count("skipped"),
+        anchors=count["anchor"],
+        full=count["full"],
+        shorter=sum(count[kind] for kind in SHORTER),
+        skipped=count["skipped"],
         full_seconds=full,
-        shorter_seconds=shorter_seconds,
+        shorter_seconds=short,
         measured=_measured(run, scoring),
         predicted=cost.speedup(run),
         scoring_seconds=_median(scoring.values()) or 0.0,
-        scoring_share=sum(scoring.values()) / total if total else 0.0,
+        scoring_share=scored / total if total else 0.0,
     )
 
 
@@ -101,24 +92,22 @@ def _median(values: Iterable[float]) -> float | None:
 
 def why_nothing(run: Run) -> str | None:
     """Why a run pruned nothing, in one sentence; None where it pruned something."""
-    s, steps = run.settings, len(run.steps)
+    s, steps, kinds = run.settings, len(run.steps), {step.kind for step in run.steps}
     if not steps:
         return "the sampler made no step that ToPi could take part in (the log says why)"
     if run.reference_tokens == 0:
         return "no reference reached the model: connect ReferenceLatent, or a node like it, to the conditioning"
+    if run.no_room and kinds.isdisjoint(SHORTER):
+        return "there was no room for the references' keys and values: use fewer or smaller ones, or the mode prune"
     if not run.anchors:
-        if run.no_room:
-            return NO_ROOM
-        if all(step.kind == "skipped" for step in run.steps):
+        if kinds == {"skipped"}:
             return "a cache skipped every step"
         if s.anchors.first_anchor >= steps:
             return f"too few steps: the first anchor is step {s.anchors.first_anchor}, and the run has {steps}"
         window = f"start_percent {s.anchors.start_percent:g} and end_percent {s.anchors.end_percent:g}"
         return f"outside the window: no step lies between {window}"
-    if not any(step.kind in SHORTER for step in run.steps):
-        if run.no_room:
-            return NO_ROOM
-        if any(step.kind == "skipped" for step in run.steps):
+    if kinds.isdisjoint(SHORTER):
+        if "skipped" in kinds:
             return "a cache skipped every step but the anchors"
         if s.update_interval == 1 and steps > 1:
             return "update_interval is 1, so every step is an anchor and runs in full"
@@ -180,23 +169,25 @@ def _anchor_rows(run: Run) -> list[list[str]]:
     for anchor in run.anchors:
         count = len(anchor.layout.reference_grids)
         parts = [kept_of(anchor, i) for i in range(count)] + [anchor.kept] * (most > 1)
-        cells = [_kept(part.sum(1).tolist(), part.shape[1]) for part in parts]
+        cells = [_kept(part) for part in parts]
         cells[count:count] = [""] * (most - count)
         rows.append([f"step {anchor.step}", f"{anchor.sigma:.3f}", *cells])
     return rows
 
 
-def _kept(counts: Sequence[int], tokens: int) -> str:
-    share = sum(counts) / (len(counts) * tokens)
-    return f"{', '.join(map(str, counts))} of {tokens} ({share:.1%})"
+def _kept(part: Tensor) -> str:
+    """part [images, tokens], True where a token is kept."""
+    counts = ", ".join(map(str, part.sum(1).tolist()))
+    return f"{counts} of {part.shape[1]} ({part.sum().item() / part.numel():.1%})"
 
 
 def _step_rows(f: Figures, word: str, shorter: bool) -> list[list[str]]:
     rest = [f"{count} {kind}" for count, kind in ((f.full, "full"), (f.skipped, "skipped by a cache")) if count]
-    rows = [["steps", ", ".join([f"{f.anchors} anchor{'s' * (f.anchors != 1)}", f"{f.shorter} {word}", *rest])]]
-    rows.append(["full step", _seconds(f.full_seconds) or "not timed: only the first, which pays for loading"])
+    steps = ", ".join([f"{f.anchors} anchor{'s' * (f.anchors != 1)}", f"{f.shorter} {word}", *rest])
+    full = f"{f.full_seconds:.3f} s" if f.full_seconds else "not timed: only the first, which pays for loading"
+    rows = [["steps", steps], ["full step", full]]
     if f.shorter_seconds:
-        rows.append([f"{word} step", _seconds(f.shorter_seconds)])
+        rows.append([f"{word} step", f"{f.shorter_seconds:.3f} s"])
     if shorter and f.measured and f.full_seconds and f.shorter_seconds:
         step = f.full_seconds / f.shorter_seconds
         rows.append(["speed-up", f"{f.measured:.2f}x the whole run, {step:.2f}x a {word} step"])
@@ -205,10 +196,6 @@ def _step_rows(f: Figures, word: str, shorter: bool) -> list[list[str]]:
     if f.scoring_seconds:
         rows.append(["scoring", f"{1000 * f.scoring_seconds:.1f} ms an anchor, {f.scoring_share:.2%} of the run"])
     return rows
-
-
-def _seconds(seconds: float | None) -> str:
-    return f"{seconds:.3f} s" if seconds else ""
 
 
 def headline(profile: Profile) -> str:
@@ -220,9 +207,9 @@ def headline(profile: Profile) -> str:
 
 def describe(profile: Profile) -> str:
     """A profile's layers, and how much the pairs agree on them, as a short table."""
-    calibration, m = profile.calibration, len(profile.layers)
+    calibration = profile.calibration
     mean, deviation = calibration.mean(), calibration.deviation()
-    rows = [["layer", "S", "deviation", f"in a pair's own Top-{m}"]]
+    rows = [["layer", "S", "deviation", f"in a pair's own Top-{len(profile.layers)}"]]
     for layer, share in zip(profile.layers, calibration.agreement(profile.layers), strict=True):
         rows.append([str(layer), f"{mean[layer]:.3f}", f"{deviation[layer]:.3f}", f"{share:.0%}"])
     layers = ", ".join(map(str, profile.layers))

@@ -1,7 +1,5 @@
 """Which step a model call belongs to, and which steps are anchors (Eq. 11)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,9 +35,9 @@ class Schedule:
     def anchors(self) -> tuple[int, ...]:
         """Steps that are anchors, ascending: every `update_interval` steps from `first_anchor` on (Eq. 11).
 
-        With the spacing "sigma" they are as many, but what sigma covers from one to the next is the same, as near as
-        whole steps allow: the references go out of date by how far the picture has moved, not by how often. From the
-        last one to the end it is half of that, as no later step makes good what went wrong there.
+        With the spacing "sigma" they are as many, but sigma falls by the same from one to the next, as near as whole
+        steps allow: references go out of date by how far the picture has moved, not by how often. From the last one to
+        the end it falls by half of that, as no later step makes good what went wrong there.
         """
         even = range(self.first_anchor, len(self.sigmas) - 1, self.update_interval)
         if self.spacing == "steps" or not even:

@@ -1,7 +1,5 @@
 """From influence to kept tokens (Eq. 10)."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

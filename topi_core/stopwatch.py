@@ -1,7 +1,5 @@
 """The time of work that a GPU does later than the host asks for it."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager

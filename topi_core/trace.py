@@ -1,9 +1,8 @@
 """The record of what runs kept and took: a byte or two per token, and plain numbers."""
 
-from __future__ import annotations
-
 from collections import deque
 from dataclasses import dataclass, field
+from math import inf
 from typing import Generic, TypeVar
 
 from torch import Tensor
@@ -12,33 +11,28 @@ from .config import Model, Settings
 from .layout import Layout
 from .plan import Kind
 
-SHORTER: tuple[Kind, ...] = ("pruned", "reused")
-"""The steps that ToPi made shorter."""
+SHORTER: tuple[Kind, ...] = ("pruned", "reused")  # the steps that ToPi made shorter
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What a reference was: the size of its latent in cells, and a picture of it with a pixel a cell, or several."""
+    """What a reference was, and a small picture of it, None where the model has no latent-to-RGB factors."""
 
-    size: tuple[int, int]  # height, width
-    picture: Tensor | None
-    """uint8 [images, n x height, n x width, 3]; None where the model has no latent-to-RGB factors."""
+    size: tuple[int, int]  # height, width of its latent in cells
+    picture: Tensor | None  # uint8 [images, n x height, n x width, 3]
 
 
 @dataclass(frozen=True)
 class Anchor:
-    """What one set of references kept from an anchor step on; `seconds` is what scoring it took.
-
-    `ranks` are the tokens by influence, from 0 to 255 (`select.Selection.ranks`).
-    """
+    """What one set of references kept from an anchor step on."""
 
     step: int
     sigma: float
     layout: Layout
     references: tuple[Reference, ...]
     kept: Tensor  # bool [images, C]
-    seconds: float = 0.0
-    ranks: Tensor | None = None  # uint8 [images, C]
+    seconds: float = 0.0  # that scoring it took
+    ranks: Tensor | None = None  # uint8 [images, C], by influence (`select.Selection.ranks`)
 
     @property
     def share(self) -> float:
@@ -47,37 +41,27 @@ class Anchor:
 
 @dataclass
 class Step:
-    """One sampling step, filled while it goes on.
-
-    `tokens` is the sequence length of its shortened layers, `seconds` its whole time.
-
-    A step is "skipped" when a cache inside of ToPi kept the network from running. `keys` are how many tokens its
-    attention sees, where they are not those of the sequence: a "reused" step sees the kept ones without having them.
-    `flops` are the operations of an image in all of its calls, `full_flops` what they are when every call computes the
-    whole sequence (`cost.call_flops`).
-    """
+    """A sampling step, filled while it goes on; "skipped" when a cache inside of ToPi kept the network from running."""
 
     index: int
     sigma: float
     kind: Kind = "skipped"
-    tokens: int = 0
-    seconds: float = 0.0
-    keys: int | None = None
-    flops: int = 0
-    full_flops: int = 0
+    tokens: int = 0  # the sequence's length in the shortened layers
+    seconds: float = 0.0  # all of its time
+    keys: int | None = None  # that a "reused" step's attention sees: the kept ones, without having them as tokens
+    flops: int = 0  # operations of an image in all calls (`cost.call_flops`)
+    full_flops: int = 0  # if every call computed the whole sequence
 
 
 @dataclass(kw_only=True)
 class Sampled:
     """The record of a sampling run, which `Trace.find` knows again by what the run made."""
 
-    finished: bool = False
     shape: tuple[int, ...] = ()
-    fingerprint: Tensor | None = None
+    fingerprint: Tensor | None = None  # a few values of what the run made, when it has finished
 
     def finish(self, latent: Tensor) -> None:
-        """Remembers a few values of what the run made."""
-        self.shape, self.fingerprint, self.finished = tuple(latent.shape), _fingerprint(latent), True
+        self.shape, self.fingerprint = tuple(latent.shape), _fingerprint(latent)
 
 
 @dataclass
@@ -126,22 +110,16 @@ class Trace(Generic[R]):
         self.node = node
 
     def find(self, latent: Tensor) -> R:
-        """The run that made this latent; the newest, where several made the same.
-
-        Raises ValueError where the trace holds no finished run, or none of them made it.
-        """
-        finished = [run for run in self.runs if run.finished]
+        """The run that made this latent, the newest of several; ValueError where none did, or none has finished."""
+        finished = [(run, run.fingerprint) for run in reversed(self.runs) if run.fingerprint is not None]
         if not finished:
             raise ValueError(f"this trace holds no run: sample with the model of the same {self.node} first")
-        fingerprint = _fingerprint(latent)
-        near = [
-            ((run.fingerprint - fingerprint).abs().max().item(), -i, run)
-            for i, run in enumerate(finished)
-            if run.fingerprint is not None and run.shape == tuple(latent.shape)
-        ]
-        if not near or min(near)[0] > 1e-3 * (1 + fingerprint.abs().max().item()):
+        shape, made = tuple(latent.shape), _fingerprint(latent)
+        alike = [((known - made).abs().max().item(), run) for run, known in finished if run.shape == shape]
+        distance, run = min(alike, key=lambda pair: pair[0], default=(inf, None))
+        if run is None or distance > 1e-3 * (1 + made.abs().max().item()):
             raise ValueError(
-                f"none of the {len(finished)} runs in this trace made this latent of shape {tuple(latent.shape)}: "
+                f"none of the {len(finished)} runs in this trace made this latent of shape {shape}: "
                 f"connect the output of the sampler that the same {self.node} feeds"
             )
-        return min(near)[2]
+        return run

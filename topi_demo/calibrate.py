@@ -39,7 +39,7 @@ def listen(nodes: dict[str, type], group: str, count: int, seed: int, steps: int
         for kind in kinds:
             edit((model, clip, vae), held_out(kind, max(1, count // len(kinds)), "calibration"), seed, steps)
     rows = [row for run in calibrating.trace.runs for row in run.calibration().rows()]
-    return Calibration.of(calibrating.depth, rows)
+    return Calibration.of(calibrating.model.depth, rows)
 
 
 def calibrate(pairs: int, seed: int, steps: int) -> tuple[Profile, dict[str, Calibration]]:

@@ -5,36 +5,21 @@ ours. Networks without them are reached by torch's hooks on their blocks, remove
 reached by ComfyUI's override, of which there is one for the whole call.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cache, partial
 from typing import Any
 
-from comfy.patcher_extension import WrapperExecutor
 from torch import Tensor, nn
 
 from ...topi_core.plan import Attention, Call, Plan
 from .compiled import INNER, Compiled, isolated_attention
 from .families.family import Arguments, Block
 
-POSITIONS, MASKS = ("pe", "image_pe"), ("attn_mask",)
-"""Arguments of a block that run over its tokens, beside the hidden states "img" and "txt".
-
-Whatever the family, arguments have these names, as in ComfyUI's replacements; image_pe are positions of the image
-tokens alone, where a block has both.
-"""
-
 
 def carry_out(
-    plan: Plan,
-    call: Call,
-    executor: WrapperExecutor,
-    given: Arguments,
-    blocks: Sequence[Block],
-    compiled: Compiled | None = None,
+    plan: Plan, call: Call, executor, given: Arguments, blocks: Sequence[Block], compiled: Compiled | None
 ) -> Tensor:
     """Calls the network so that it computes what the plan says."""
     if plan.answer is not None:
@@ -60,7 +45,9 @@ class Carrier:
     """Stands before and behind the blocks of one call, and before their attentions."""
 
     def __init__(self, plan: Plan, call: Call, blocks: Sequence[Block], pe_dim: int, options: dict[str, Any]):
-        self.plan, self.call, self.blocks, self.pe_dim = plan, call, blocks, pe_dim
+        self.plan, self.call, self.blocks = plan, call, blocks
+        # dimensions that run over tokens, of arguments as they are called in ComfyUI's replacements
+        self.dims = {"pe": (pe_dim,), "image_pe": (pe_dim,), "attn_mask": (-2, -1)}
         self.previous: Callable | None = options.get("optimized_attention_override")
         self.layer: int | None = None  # that runs now
         self.attentions = 0  # of it, so far
@@ -70,11 +57,8 @@ class Carrier:
     def wanted(self) -> list[int]:
         """Layers that the plan has to do with; the first one tells that the network really runs."""
         plan, depth = self.plan, len(self.blocks)
-        if plan.cut is not None:
-            some = {*range(plan.first_layer, depth), *plan.attention, *plan.inputs}
-        else:
-            some = {*plan.attention, *plan.inputs}
-        return sorted(some | {0} | ({depth - 1} if plan.output else set()))
+        first = depth if plan.cut is None else plan.first_layer
+        return sorted({0, *range(first, depth), *plan.attention, *plan.inputs, *[depth - 1] * bool(plan.output)})
 
     def enter(self, layer: int, args: dict[str, Any]) -> dict[str, Any]:
         """What a block gets in place of these arguments, which stay as they are."""
@@ -135,17 +119,15 @@ class Carrier:
     def hook(self, names: Mapping[str, str], until: ExitStack) -> None:
         """The same by hooks; names: a block's own parameters -> the common ones."""
         for layer in self.wanted:
-            module = self.blocks[layer].module
             before = partial(self._before, layer, names)
-            until.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
+            until.enter_context(self.blocks[layer].module.register_forward_pre_hook(before, with_kwargs=True))
         last = len(self.blocks) - 1
         until.enter_context(self.blocks[last].module.register_forward_hook(partial(self._behind, last)))
 
     def _before(self, layer: int, names: Mapping[str, str], module: nn.Module, args: tuple, kwargs: dict) -> tuple:
         """torch's forward pre-hook."""
         bound = _signature(type(module)).bind(module, *args, **kwargs)
-        common = {names.get(name, name): value for name, value in bound.arguments.items()}
-        common = self.enter(layer, common)
+        common = self.enter(layer, {names.get(name, name): value for name, value in bound.arguments.items()})
         for name in list(bound.arguments)[1:]:
             bound.arguments[name] = common[names.get(name, name)]
         return bound.args[1:], bound.kwargs
@@ -165,19 +147,13 @@ class Carrier:
             changed["img"] = cut.gather(img, layout)
         if txt is not None and cut.text is not None and txt.shape[1] > cut.text:
             changed["txt"] = txt[:, : cut.text]
-        for names, dims in ((POSITIONS, (self.pe_dim,)), (MASKS, (-2, -1))):
-            for name in names:
-                if args.get(name) is not None:
-                    changed[name] = self._once(args[name], dims)
+        for name, dims in self.dims.items():
+            x = args.get(name)
+            if x is not None:  # mostly the same one for all blocks of the call
+                if id(x) not in self.shortened:  # x is kept alive, or its id could be another tensor's
+                    self.shortened[id(x)] = x, cut.shorten(x, self.call.layout, dims)
+                changed[name] = self.shortened[id(x)][1]
         return changed
-
-    def _once(self, x: Tensor, dims: tuple[int, ...]) -> Tensor:
-        """x shortened, for all blocks of the call that get it."""
-        if id(x) not in self.shortened:
-            assert self.plan.cut is not None
-            short = self.plan.cut.shorten(x, self.call.layout, dims)
-            self.shortened[id(x)] = x, short  # x is kept alive, or its id could be another tensor's
-        return self.shortened[id(x)][1]
 
 
 @cache

@@ -4,8 +4,6 @@ OUTER_SAMPLE makes the engine of a run and drops it at its end. The other one se
 ComfyUI's wrappers that is, the family says.
 """
 
-from __future__ import annotations
-
 import inspect
 import logging
 from collections.abc import Callable
@@ -38,30 +36,16 @@ KEY = "topi"
 log = logging.getLogger(__name__)
 
 
-def attach(model: ModelPatcher, patch: Patch) -> ModelPatcher:
-    """A clone of the model with the two wrappers of a patch."""
-    patched = model.clone()
-    for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.DIFFUSION_MODEL, WrappersMP.APPLY_MODEL):
-        patched.remove_wrappers_with_key(kind, KEY)  # of two ToPi nodes in a row, the last one counts
-    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, patch.sample)
-    patched.add_wrapper_with_key(patch.family.wrapper, KEY, patch.call)
-    return patched
-
-
 @dataclass
 class Patch:
-    """The two wrappers. Holds settings only; the engine of a run travels in its transformer_options.
-
-    Each run is appended to the trace when it starts. `on_anchor` is told of each of its anchors, and `watched` says
-    whether anybody will look at scores that decide nothing.
-    """
+    """The two wrappers. Holds settings only; the engine of a run travels in its transformer_options."""
 
     family: Family
     model: Model
     settings: Settings
-    trace: Trace
+    trace: Trace  # gets each run when it starts
     on_anchor: Callable[[Run, Anchor], None] | None = None
-    watched: Callable[[], bool] = lambda: True
+    watched: Callable[[], bool] = lambda: True  # whether anybody will look at scores that decide nothing
     warned: set[str] = field(default_factory=set)
 
     def sample(self, executor, *args, **kwargs):
@@ -71,9 +55,8 @@ class Patch:
         _refuse(guider)
         original = guider.model_options
         own = comfy.model_patcher.create_model_options_clone(original)
-        compiled = take_over(own, guider.model_patcher)
         engine = self.engine(guider, arguments)
-        engine.compiled = compiled
+        engine.compiled = take_over(own, guider.model_patcher)
         self.trace.runs.append(engine.record)
         own.setdefault("transformer_options", {})[KEY] = engine
         guider.model_options = own
@@ -89,13 +72,11 @@ class Patch:
     def engine(self, guider, arguments: dict[str, Any]) -> Engine:
         """For a run that a guider is about to make with the arguments of its `outer_sample`."""
         patcher, s, images = guider.model_patcher, self.settings.anchors, arguments["noise"].shape[0]
-        latent_format = patcher.get_model_object("latent_format")
-        network = patcher.get_model_object("diffusion_model")
-        sampling = patcher.get_model_object("model_sampling")
+        parts = ("latent_format", "diffusion_model", "model_sampling")
+        latent_format, network, sampling = map(patcher.get_model_object, parts)
         high = float("inf") if s.start_percent == 0 else sampling.percent_to_sigma(s.start_percent)
         low = float("-inf") if s.end_percent == 1 else sampling.percent_to_sigma(s.end_percent)
-        patch, cells = self.family.patch(network), latent_format.spacial_downscale_ratio
-        run = Run(self.model, self.settings, patch=patch, cell_pixels=cells)
+        run = Run(self.model, self.settings, self.family.patch(network), latent_format.spacial_downscale_ratio)
         references = References(run, partial(picture, latent_format=latent_format), self.on_anchor)
         savings = self.savings(run, references, network, arguments.get("seed") or 0)
         memory = partial(CallMemory, patcher, self.family.keys_width(network))
@@ -111,7 +92,7 @@ class Patch:
     def call(self, executor, *args, **kwargs) -> Tensor:
         """One call of the network."""
         given = Arguments(self.family, executor, args, kwargs)
-        engine = given.options.get(KEY)
+        engine: Any = given.options.get(KEY)
         why = None
         if not isinstance(engine, Engine) or "sample_sigmas" not in given.options:
             why = "ToPi: this sampler does not go through ComfyUI's sampling, so the model runs without ToPi"
@@ -120,8 +101,7 @@ class Patch:
                 "ToPi: another patch splits the batch that ComfyUI made of the prompts, so the model runs without ToPi"
             )
         elif not engine.takes(given.network):
-            kind = class_of(given.network)
-            why = f"ToPi: this run has a second model, of another kind ({kind}): without ToPi"
+            why = f"ToPi: this run has a second model, of another kind ({class_of(given.network)}): without ToPi"
         if why is not None:
             if why not in self.warned:
                 self.warned.add(why)
@@ -140,6 +120,16 @@ class Patch:
         output = carry_out(plan, call, executor, given, engine.blocks_of(given.network), engine.compiled)
         engine.end(plan, call, output)
         return output
+
+
+def attach(model: ModelPatcher, patch: Patch) -> ModelPatcher:
+    """A clone of the model with the two wrappers of a patch."""
+    patched = model.clone()
+    for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.DIFFUSION_MODEL, WrappersMP.APPLY_MODEL):
+        patched.remove_wrappers_with_key(kind, KEY)  # of two ToPi nodes in a row, the last one counts
+    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, patch.sample)
+    patched.add_wrapper_with_key(patch.family.wrapper, KEY, patch.call)
+    return patched
 
 
 def _out_of_memory(error: Exception) -> bool:

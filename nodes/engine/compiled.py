@@ -5,8 +5,6 @@ would be replayed for all others. A run with ToPi takes over how to compile, and
 the time of a call. The blocks share their code, so there are only a few lengths of the sequence to compile for.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -24,8 +22,7 @@ from .families.family import Block
 
 log = logging.getLogger(__name__)
 
-CUDA_GRAPHS = "reduce-overhead", "max-autotune"
-"""Modes of torch.compile that record them."""
+CUDA_GRAPHS = "reduce-overhead", "max-autotune"  # modes of torch.compile that record them
 INNER = "topi_attention"
 """In transformer_options: the override that the attention of a compiled block is to call, or None."""
 
@@ -56,10 +53,7 @@ def _restore(module: nn.Module, forward: Callable | None) -> None:
 
 
 def take_over(model_options: dict[str, Any], patcher: ModelPatcher) -> Compiled | None:
-    """What ComfyUI's compiling was asked for, taken out of these options of a run; None where it was not.
-
-    RuntimeError where ToPi could not work beside it.
-    """
+    """What ComfyUI's compiling was asked for, taken out of a run's options; RuntimeError where ToPi cannot work so."""
     network = patcher.get_model_object("diffusion_model")
     if any(hasattr(part, "_orig_mod") for part in (network, *patcher.object_patches.values())):
         raise RuntimeError(
@@ -83,18 +77,15 @@ def take_over(model_options: dict[str, Any], patcher: ModelPatcher) -> Compiled 
         )
     del around[COMPILE_KEY]
     log.info("ToPi: the model's blocks are compiled one by one, in place of the whole model")
-    mode, dynamic = asked["mode"], asked["dynamic"]
-    return Compiled(
-        {"backend": Backend(asked["backend"]), "mode": mode, "options": options or None, "dynamic": dynamic}
-    )
+    how = {"mode": asked["mode"], "options": options or None, "dynamic": asked["dynamic"]}
+    return Compiled(how | {"backend": Backend(asked["backend"])})
 
 
 @dataclass(frozen=True)
 class Backend:
     """A backend of torch.compile, which is another one to torch.
 
-    Code is found again by its backend and its guards. What was compiled for the same blocks without ToPi, with guards
-    left out, is not to be found.
+    It finds code again by its backend and guards, and must not find what was compiled for these blocks without ToPi.
     """
 
     backend: str | Callable
@@ -108,8 +99,6 @@ class Backend:
 
 @torch.compiler.disable
 def isolated_attention(function: Callable, *rest, **kwargs) -> Tensor:
-    """The one override that compiled code sees: it leaves the attention to Python, and its guards hold whatever a call
-    does.
-    """
+    """The one override that compiled code sees, so that its guards hold; it leaves the attention to Python."""
     inner = kwargs["transformer_options"][INNER]
     return function(*rest, **kwargs) if inner is None else inner(function, *rest, **kwargs)

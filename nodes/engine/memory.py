@@ -1,7 +1,5 @@
 """Where the kept keys and values of a run may lie, by ComfyUI's own account of the memory."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +17,7 @@ class CallMemory:
     """The memory beside one call of a model, with these latents [B, ...] of so many prompts (`topi_core.kv.Memory`)."""
 
     model: ModelPatcher
-    keys: int
-    """Width of a token's keys over all attentions."""
+    keys: int  # width of a token's keys over all attentions
     latent: Tensor
     references: Sequence[Tensor] = ()
     prompts: int = 1
@@ -31,21 +28,18 @@ class CallMemory:
 
     @property
     def reserve(self) -> float:
-        """Bytes that must stay free: what ComfyUI says that the call takes.
-
-        Of several prompts half as much again, as ComfyUI asks for before it runs them in one call.
-        """
+        """Bytes that must stay free: what ComfyUI says that the call takes."""
         shapes = {"ref_latents": [list(reference.shape) for reference in self.references]}
         step = self.model.model.memory_required(list(self.latent.shape), cond_shapes=shapes)
-        together = 1.5 * step if self.prompts > 1 else 0
+        together = 1.5 * step if self.prompts > 1 else 0  # what ComfyUI wants to run several in one call
         return max(mm.minimum_inference_memory(), step + mm.extra_reserved_memory(), together)
 
     def where(self, size: float, back: float = 0) -> Location | None:
         """Where `size` bytes more fit beside what sampling needs: on the device, else on the host, else nowhere (None).
 
-        Models that are not in use are unloaded for it, as for a model that is about to be loaded. Of the one that
-        samples, what ComfyUI can stream anew counts as free, as when it decides how many prompts to run in one call.
-        `back` are bytes on the host that were given back just now: torch still has them, and uses them again.
+        Models that are not in use are unloaded for it. Of the one that samples, what ComfyUI can stream anew counts as
+        free, as when it decides how many prompts to run in one call. `back` are bytes on the host that were given back
+        just now: torch still has them, and uses them again.
         """
         device, needed = self.latent.device, size + self.reserve
         if self.model.get_free_memory(device) < needed:

@@ -1,7 +1,5 @@
 """A latent as a small picture, by the model's own latent-to-RGB factors."""
 
-from __future__ import annotations
-
 import numpy
 import torch
 from latent_preview import Latent2RGBPreviewer

@@ -1,7 +1,5 @@
 """Writes a run down, step by step."""
 
-from __future__ import annotations
-
 import time
 from typing import get_args
 
@@ -28,15 +26,12 @@ class Recorder:
 
     def add(self, plan: Plan, call: Call) -> None:
         """Adds one call to the open step."""
-        step, layout, model = self.open, call.layout, self.run.model
+        step, layout, model, rank = self.open, call.layout, self.run.model, get_args(Kind).index
         assert step is not None
-        ran = call.computed or plan.answer is not None
-        kind: Kind = plan.kind if ran else "skipped"
-        if ran:
+        if call.computed or plan.answer is not None:
             step.flops += len(call.conds) * call_flops(model, plan, layout)
             step.full_flops += len(call.conds) * call_flops(model, Plan(), layout)
-        if get_args(Kind).index(kind) > get_args(Kind).index(step.kind):
-            step.kind = kind
+            step.kind = plan.kind if rank(plan.kind) > rank(step.kind) else step.kind
         step.tokens = max(step.tokens, plan.cut.tokens(layout) if plan.cut else layout.tokens)
         if plan.cut is not None and plan.cut.stand_in is not None:
             step.keys = max(step.keys or 0, plan.cut.key_tokens(layout))

@@ -1,12 +1,10 @@
 """One sampling run: which plan each call of the network gets. Made when the run starts, and gone when it ends."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ...topi_core.config import Settings
 from ...topi_core.plan import Call, CondKey, Plan, Saving
 from ...topi_core.references import References
 from ...topi_core.schedule import Schedule
@@ -17,58 +15,51 @@ from .memory import CallMemory
 from .recorder import Recorder
 
 
+@dataclass(eq=False)
 class Engine:
     """Holds what the run's savings share. Only `record` outlives it: the run's own, or what a calibration tells."""
 
-    def __init__(
-        self,
-        family: Family,
-        network: nn.Module,
-        savings: Sequence[Saving],
-        references: References,
-        window: tuple[float, float],
-        images: int,
-        memory: Callable[[Tensor, Sequence[Tensor], int], CallMemory],
-        record: Sampled | None = None,
-    ):
-        """For a run that samples a batch of `images` latents, with anchors between the two sigmas of `window`."""
-        self.family = family
-        self.network = network
-        self.blocks = family.blocks(network)
-        self.savings = savings
-        self.references = references
-        self.run: Run = references.run
-        self.record = record or self.run
-        self.window = window
-        self.images = images
-        self.memory = memory
+    family: Family
+    network: nn.Module
+    savings: Sequence[Saving]
+    references: References
+    window: tuple[float, float]  # of sigma, in which anchors stand
+    images: int  # latents in the batch that is sampled
+    memory: Callable[[Tensor, Sequence[Tensor], int], CallMemory]
+    compiled: Compiled | None = None
+    schedule: Schedule | None = None
+
+    def __post_init__(self) -> None:
+        self.blocks = self.family.blocks(self.network)
+        self.run: Run = self.references.run
+        self.record: Sampled = self.run
         self.recorder = Recorder(self.run)
-        self.compiled: Compiled | None = None
-        self.schedule: Schedule | None = None
         self._sigma: tuple[Tensor | None, float] = None, 0.0
 
     def takes(self, network: nn.Module) -> bool:
         """Whether it can follow this network as well: a guider may have a second model."""
-        same = network is self.network or len(self.family.blocks(network)) == len(self.blocks)
-        return same and self.family.matches(network)
+        return self.family.matches(network) and len(self.blocks_of(network)) == len(self.blocks)
 
     def blocks_of(self, network: nn.Module) -> Sequence[Block]:
         return self.blocks if network is self.network else self.family.blocks(network)
 
     def begin(self, given: Arguments) -> tuple[Plan, Call]:
         """Decides what a call of the network computes."""
-        sigma = self._sigma_of(given.options["sigmas"])
+        sigmas = given.options["sigmas"]
+        if self._sigma[0] is not sigmas:  # the host waits once, however many calls of a step's prompts share the tensor
+            self._sigma = sigmas, float(sigmas[0])
+        sigma = self._sigma[1]
         if self.schedule is None:
-            self.schedule = _schedule(self.run.settings, given.options["sample_sigmas"].tolist(), self.window)
+            s, planned = self.run.settings, tuple(given.options["sample_sigmas"].tolist())
+            self.schedule = Schedule(planned, s.update_interval, s.anchors.first_anchor, *self.window, s.spacing)
         step, layout = self.schedule.step(sigma), given.layout
         self.recorder.begin(step, sigma)
         self.run.reference_tokens = max(self.run.reference_tokens, layout.reference_tokens)
         conds = conds_of(given.options)
         sets = self.references.find(conds, given.references, layout, self.images) if given.references else []
         memory = self.memory(given.latent, given.references, len(conds))
-        call = Call(
-            step, sigma, layout, conds, self.images, given.latent.device, sets, given.text_leaves, memory
-        )  # fmt: skip
+        device = given.latent.device
+        call = Call(step, sigma, layout, conds, self.images, device, sets, given.text_leaves, memory)
         return self._plan(call, self.schedule), call
 
     def _plan(self, call: Call, schedule: Schedule) -> Plan:
@@ -109,16 +100,6 @@ class Engine:
         for saving in self.savings:
             saving.release()
         self.references.clear()
-
-    def _sigma_of(self, sigmas: Tensor) -> float:
-        """The host waits for it once, however many calls ComfyUI makes of a step's prompts: these share the tensor."""
-        if self._sigma[0] is not sigmas:
-            self._sigma = sigmas, float(sigmas[0])
-        return self._sigma[1]
-
-
-def _schedule(s: Settings, sigmas: list[float], window: tuple[float, float]) -> Schedule:
-    return Schedule(tuple(sigmas), s.update_interval, s.anchors.first_anchor, *window, s.spacing)
 
 
 def conds_of(options: dict) -> tuple[CondKey, ...]:

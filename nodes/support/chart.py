@@ -1,11 +1,12 @@
 """A profile as a chart. Imports nothing of ComfyUI or the pack, so that programs outside of them can draw it, too."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
+import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 SIZE = (960, 480)
 BACK, TEXT, FAINT, BAR, TOP = "#1f2126", "white", "#5a5f68", "#5b8def", "#f2b705"
@@ -17,8 +18,8 @@ def chart(mean: Sequence[float], deviation: Sequence[float], layers: Sequence[in
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(15)
     left, right, top, bottom = 70, SIZE[0] - 30, 60, SIZE[1] - 60
     pen.text((left, 14), title, TEXT, font)
-    words = f"S, the share of the target's attention that the references receive; gold: layers {_words(layers)}"
-    pen.text((left, 34), words, TEXT, font)
+    words = "S, the share of the target's attention that the references receive; gold: layers "
+    pen.text((left, 34), words + ", ".join(map(str, layers)), TEXT, font)
     depth = len(mean)
     highest = max((m + d for m, d in zip(mean, deviation, strict=True)), default=0)
     step = next((step for step in (0.01, 0.02, 0.05, 0.1) if highest <= 5 * step), 0.2)
@@ -43,5 +44,6 @@ def chart(mean: Sequence[float], deviation: Sequence[float], layers: Sequence[in
     return image
 
 
-def _words(layers: Sequence[int]) -> str:
-    return ", ".join(map(str, layers))
+def as_image(picture: Image.Image) -> Tensor:
+    """As ComfyUI has images: [1, H, W, 3] in 0..1."""
+    return torch.from_numpy(np.array(picture)).float()[None] / 255

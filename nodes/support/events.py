@@ -1,11 +1,7 @@
 """Tells the page at each anchor what is kept, while the sampler runs."""
 
-from __future__ import annotations
-
 import base64
 import logging
-from collections.abc import Callable
-from functools import partial
 from io import BytesIO
 
 import torch
@@ -19,22 +15,13 @@ from ...topi_core.trace import Anchor, Run
 
 EVENT = "topi.anchor"
 SETTING = "topi.live"
-LARGEST = 256
-"""Longest side in pixels of what is sent for a reference."""
+LARGEST = 256  # longest side in pixels of what is sent for a reference
 
 log = logging.getLogger(__name__)
 
 
-def announcer(node_id: str | None) -> Callable[[Run, Anchor], None] | None:
-    """What `attach` shall call at each anchor of the model that this ToPi Patch node made."""
-    return None if node_id is None else partial(announce, node_id)
-
-
 def announce(node_id: str, run: Run, anchor: Anchor) -> None:
-    """Sends an anchor's mask to the browser that queued the run; never raises, as a view must not end a run.
-
-    All of it is on the CPU already, and the server sends it from its own thread.
-    """
+    """Sends an anchor's mask to the browser that queued the run; never raises, as a view must not end a run."""
     try:
         server = getattr(PromptServer, "instance", None)
         if server is not None and _watched(server):
@@ -44,10 +31,7 @@ def announce(node_id: str, run: Run, anchor: Anchor) -> None:
 
 
 def watched() -> bool:
-    """Whether anybody will look at a run's scores: a page, or a ToPi Mask Preview in a prompt that is running.
-
-    Where that cannot be told, as outside of a prompt, somebody may.
-    """
+    """Whether anybody may look at a run's scores: a page, or ToPi Mask Preview in a running prompt; in doubt, yes."""
     try:
         server = PromptServer.instance
         running, _ = server.prompt_queue.get_current_queue()
@@ -81,7 +65,7 @@ def _overlay(run: Run, anchor: Anchor, reference: int) -> Tensor:
     picture = torch.full((1, *seen.size, 3), 0.5) if seen.picture is None else seen.picture[:1].float() / 255
     size = picture.shape[1], picture.shape[2]
     place = Geometry(cells=seen.size, patch=run.patch, cell_pixels=size[0] // seen.size[0])
-    return draw(picture, place.spread(weight_of(anchor, reference)[0], size)[None], 0.8)[0]
+    return draw(picture, place.spread(weight_of(anchor, reference)[:1], size), 0.8)[0]
 
 
 def _png(picture: Tensor) -> str:

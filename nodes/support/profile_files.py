@@ -4,8 +4,6 @@ ToPi Save Profile writes into the latter, and both are ComfyUI's model folder `t
 be named in its `extra_model_paths.yaml`. Nothing outside of them is read or written.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import re
@@ -66,15 +64,12 @@ def named(name: str, family: str, depth: int, hidden: int) -> Profile:
 
 
 def automatic(family: str, depth: int, hidden: int) -> Profile | None:
-    """The profile for a model by what it is: the newest of the user's that fit, else a shipped one, else none.
-
-    A file of the user's that cannot be read is left out, and the log says so.
-    """
+    """The profile for a model by what it is: the newest of the user's that fit, else a shipped one, else none."""
     own, pack = [], [profiles.read(path, name) for name, path in profiles.shipped().items()]
     for name, path in _own().items():
         try:
             own.append(profiles.read(path, name))
-        except ValueError as error:
+        except ValueError as error:  # one that cannot be read is left out
             log.warning("ToPi: %s", error)
     own.sort(key=lambda profile: profile.date, reverse=True)
     return next((profile for profile in [*own, *pack] if profile.fits(family, depth, hidden)), None)

@@ -1,7 +1,5 @@
 """Listen: at every step, how much attention each layer pays to the references (Eq. 4), for a calibration."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Prune: between anchors, reference tokens of little influence leave the sequence (the paper's method)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -11,10 +9,7 @@ from ..select import Selection
 
 
 class Prune(Saving):
-    """The blocks from `front_layers` on compute the kept tokens only (Eq. 12), by the selection of the last anchor.
-
-    Nothing is put back: the model crops its output to the target anyway.
-    """
+    """The blocks from `front_layers` on compute the kept tokens only (Eq. 12): the model crops its output anyway."""
 
     def __init__(self, references: References, front_layers: int):
         self.references = references
@@ -36,14 +31,11 @@ class Prune(Saving):
 
 
 def cut_of(selections: tuple[Selection | None, ...], device: torch.device) -> Cut | None:
-    """The cut to what these prompts of one call keep; None where that is everything.
-
-    One tensor has one length: rows that keep fewer tokens than others are filled up by influence.
-    """
+    """The cut to what these prompts of one call keep; None where that is everything."""
     chosen = [selection for selection in selections if selection is not None]
     if len(chosen) < len(selections):
         return None
-    count = max(count for selection in chosen for count in selection.counts)
+    count = max(count for selection in chosen for count in selection.counts)  # one length: others are filled up
     if count == chosen[0].order.shape[1]:
         return None
     return Cut(kept=torch.cat([selection.kept(count) for selection in chosen]).to(device))

@@ -4,8 +4,6 @@ An anchor keeps the keys (after RoPE) and values of every attention. Until the n
 alone, and each attention sees what was kept behind its own, extrapolated through the last two anchors (`kv`).
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch
@@ -18,10 +16,7 @@ from ..references import References, ReferenceSet
 from ..trace import Run
 
 TEXT_LEFT = 2
-"""Tokens of a reused text that stay in the sequence, though nothing looks at them.
-
-torch compiles lengths of 0 and 1 apart from all others, and some kernels take no empty input.
-"""
+"""Tokens of a reused text that stay, though unseen: some kernels take none, and torch compiles for 0 and 1 apart."""
 
 
 class Reuse(Saving):
@@ -46,9 +41,7 @@ class Reuse(Saving):
         return True
 
     def apply(self, plan: Plan, call: Call) -> bool:
-        """A prompt without a cache, or whose cache holds another number of tokens than those it shares the call with,
-        gets a new one.
-        """
+        """False where a prompt has no cache, or one of another number of tokens than those that share its call."""
         if not call.sets:
             return True
         self.references.settle()
@@ -71,7 +64,7 @@ class Reuse(Saving):
             if missing and not cond.replaced:
                 raise RuntimeError(not_reached(missing[0]))
         self.run.cache_bytes = max(self.run.cache_bytes, self.store.nbytes)
-        self.run.forecast |= self.store.extrapolating
+        self.run.forecast |= any(cache.changes for cache in self.store.of_cond.values())
 
     def free(self) -> bool:
         given_up = self.store.give_up()

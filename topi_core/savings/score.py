@@ -3,16 +3,14 @@
 It saves nothing by itself. What it tells decides what is kept, or is shown.
 """
 
-from __future__ import annotations
-
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
 
-from ..calibration import LayerSearch, sensitivity
+from ..calibration import TOP_M, sensitivity, top_layers
 from ..influence import Scorer, attention_received, fusible
 from ..kv import not_reached
 from ..layout import Layout
@@ -37,19 +35,20 @@ class Heard:
     watch: Stopwatch = field(default_factory=Stopwatch)
 
     @property
+    def known(self) -> dict[int, Tensor]:
+        return self.sensitivity if self.search else self.scores
+
+    @property
     def missing(self) -> list[int]:
         """Layers that it had to score, and whose attention or input it did not see."""
-        known = self.sensitivity if self.search else self.scores
-        return [layer for layer in self.layers if layer not in known]
+        return [layer for layer in self.layers if layer not in self.known]
 
     def zero_missing(self) -> None:
         """Nothing is scored in layers that guidance left out."""
-        call = self.call
-        rows = len(call.sets) * call.images
+        none = torch.zeros(len(self.call.sets) * self.call.images, device=self.call.device)
         for layer in self.missing:
-            self.scores[layer] = torch.zeros(rows, call.layout.reference_tokens, device=call.device)
-            if self.search:
-                self.sensitivity[layer] = torch.zeros(rows, device=call.device)
+            self.scores[layer] = none[:, None].expand(-1, self.call.layout.reference_tokens)
+            self.sensitivity[layer] = none
 
 
 @dataclass
@@ -59,10 +58,12 @@ class Scores:
     step: int
     by_layer: dict[int, Tensor] = field(default_factory=dict)  # [images, C]
     watches: list[Stopwatch] = field(default_factory=list)
+    sensitivity: Tensor | float = 0.0  # in a search: [L], the sum over the rows of all calls
+    rows: int = 0
 
 
 class Score(Saving):
-    """Without representative layers, the first anchor step finds them (`calibration.LayerSearch`)."""
+    """Without representative layers, the first anchor step finds them: Eq. 4 and 5 over all of its rows."""
 
     def __init__(self, run: Run, references: References, seed: int):
         self.run = run
@@ -70,19 +71,18 @@ class Score(Saving):
         references.choose = self.choose
         self.scorer: Scorer = run.settings.keep.metric
         self.score = self.scorer.begin(seed)
-        self.search = LayerSearch(run.model.depth)
         self.scores: dict[ReferenceSet, Scores] = {}
         if not run.layers and run.settings.keeps_all:  # scores are for the views alone, not worth a search
             run.found_layers = (run.model.depth // 2,)
 
     def observe(self, plan: Plan, call: Call) -> bool:
-        known, depth = self.run.layers, self.run.model.depth
-        search = not known or any(self.search.knows(each, call.step) for each in call.sets)
-        heard = plan.notes[self] = Heard(call, tuple(range(depth)) if search else known, search)
+        search = not self.run.layers
+        heard = Heard(call, self.run.layers or tuple(range(self.run.model.depth)), search)
+        plan.notes[self] = heard
         if self.scorer.of_input:
-            plan.on_input(lambda layer, hidden, layout: self._see(heard, layer, hidden, layout), heard.layers)
+            plan.on_input(partial(self._see, heard), heard.layers)
         if search or not self.scorer.of_input:
-            plan.on_attention(lambda seen: self._listen(heard, seen), heard.layers)
+            plan.on_attention(partial(self._listen, heard), heard.layers)
         return True
 
     def _see(self, heard: Heard, layer: int, hidden: Tensor, layout: Layout) -> None:
@@ -93,7 +93,7 @@ class Score(Saving):
         """The attention over the whole sequence; some blocks have others."""
         layer, layout = seen.site[0], heard.call.layout
         q, k, v = seen.heads_first()
-        if layer not in heard.missing or any(x.shape[2] != layout.tokens for x in (q, k, v)):
+        if layer in heard.known or any(x.shape[2] != layout.tokens for x in (q, k, v)):
             return
         fusible(q)  # what it compiles when it is first asked is not the time of scoring
         with heard.watch.on(q.device):
@@ -115,47 +115,38 @@ class Score(Saving):
             heard.zero_missing()
         if heard.missing:
             raise RuntimeError(not_reached(heard.missing[0]))
-        watches = [heard.watch]  # counted once, for the first of the sets
         for prompt, each in enumerate(call.sets):
-            self._add(each, heard, call.rows(prompt), watches)
-            watches = []
-
-    def _add(self, each: ReferenceSet, heard: Heard, rows: slice, watches: list[Stopwatch]) -> None:
-        """The first call of a new anchor step starts afresh."""
-        scores = self.scores.get(each)
-        if scores is None or scores.step != heard.call.step:
-            scores = self.scores[each] = Scores(heard.call.step)
-        for layer in scores.by_layer or heard.scores:
-            own = heard.scores[layer][rows]
-            scores.by_layer[layer] = scores.by_layer[layer] + own if layer in scores.by_layer else own
-        scores.watches += watches
-        if heard.search:
-            s = torch.stack([heard.sensitivity[layer][rows].sum() for layer in heard.layers])
-            self.search.add(each, heard.call.step, s, rows.stop - rows.start)
+            if each not in self.scores or self.scores[each].step != call.step:
+                self.scores[each] = Scores(call.step)  # the first call of a new anchor step starts afresh
+            scores, rows = self.scores[each], call.rows(prompt)
+            for layer, score in heard.scores.items():
+                own = score[rows]
+                scores.by_layer[layer] = scores.by_layer[layer] + own if layer in scores.by_layer else own
+            if heard.search:
+                scores.sensitivity += torch.stack([heard.sensitivity[layer][rows].sum() for layer in heard.layers])
+                scores.rows += call.images
+            if prompt == 0:  # the time of a call is counted once
+                scores.watches.append(heard.watch)
 
     def choose(self, each: ReferenceSet) -> tuple[Selection | None, float]:
         scores = self.scores.get(each)
         if scores is None:
             return None, 0.0
         if not self.run.layers:
-            self._found()
+            self._find_layers()
         scores.by_layer = {layer: scores.by_layer[layer] for layer in self.run.layers}
-        keep = self.run.settings.keep
-        chosen = select(_sum(scores.by_layer.values()).cpu(), self.run.settings.tau, keep.min_keep, keep.max_keep)
+        keep, total = self.run.settings.keep, reduce(torch.add, scores.by_layer.values())
+        chosen = select(total.cpu(), self.run.settings.tau, keep.min_keep, keep.max_keep)
         return chosen, sum(watch.seconds() for watch in scores.watches)
 
-    def _found(self) -> None:
-        model = self.run.model
-        self.run.found_layers, self.run.found_at = self.search.result()
+    def _find_layers(self) -> None:
+        run, model = self.run, self.run.model
+        run.found_at = min(scores.step for scores in self.scores.values())
+        first = [scores for scores in self.scores.values() if scores.step == run.found_at]
+        total = torch.stack([torch.as_tensor(scores.sensitivity).cpu().double() for scores in first]).sum(0)
+        run.found_layers = top_layers(total / sum(scores.rows for scores in first), min(TOP_M, model.depth))
         log.info(
             "ToPi: no profile fits %s with %d layers of width %d, so step %d scored all of them, and the run goes on "
             "with the layers %s; ToPi Calibrate and ToPi Save Profile find out on more images, and keep it",
-            model.family, model.depth, model.hidden, self.run.found_at, ",".join(map(str, self.run.found_layers)),
+            model.family, model.depth, model.hidden, run.found_at, ",".join(map(str, run.found_layers)),
         )  # fmt: skip
-
-
-def _sum(parts: Iterable[Tensor]) -> Tensor:
-    first, *rest = parts
-    for part in rest:
-        first = first + part
-    return first

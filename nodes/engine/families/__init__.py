@@ -1,20 +1,15 @@
 """The model families ToPi knows: what differs between them, one file each."""
 
-from __future__ import annotations
-
-from . import boogu, flux, joyimage, krea2, mage_flow, omnigen2, qwen_image
+from .boogu import BOOGU
 from .family import Family, Network, class_of
+from .flux import FLUX1, FLUX2
+from .joyimage import JOYIMAGE
+from .krea2 import KREA2
+from .mage_flow import MAGE_FLOW
+from .omnigen2 import OMNIGEN2
+from .qwen_image import QWEN_IMAGE
 
-FAMILIES: tuple[Family, ...] = (
-    flux.FLUX1,
-    flux.FLUX2,
-    qwen_image.QWEN_IMAGE,
-    mage_flow.MAGE_FLOW,
-    joyimage.JOYIMAGE,
-    krea2.KREA2,
-    omnigen2.OMNIGEN2,
-    boogu.BOOGU,
-)
+FAMILIES = (FLUX1, FLUX2, QWEN_IMAGE, MAGE_FLOW, JOYIMAGE, KREA2, OMNIGEN2, BOOGU)
 
 
 def family_of(network: Network) -> Family:
@@ -22,7 +17,5 @@ def family_of(network: Network) -> Family:
     for family in FAMILIES:
         if family.matches(network):
             return family
-    supported = ", ".join(family.label for family in FAMILIES)
-    raise ValueError(
-        f"ToPi cannot prune a model of the class {class_of(network)}; supported are ComfyUI's own {supported}"
-    )
+    found, supported = class_of(network), ", ".join(family.label for family in FAMILIES)
+    raise ValueError(f"ToPi cannot prune a model of the class {found}; supported are ComfyUI's own {supported}")

@@ -3,14 +3,7 @@
 Its double blocks attend twice: over everything, which is what ToPi listens to, and over the images alone.
 """
 
-from __future__ import annotations
-
-from .family import REACHED_FROM_OUTSIDE, Block, Family, Network
-
-
-def _blocks(network: Network) -> list[Block]:
-    double = [Block("double_block", i, layer) for i, layer in enumerate(network.double_stream_layers)]
-    return double + [Block("single_block", i, layer) for i, layer in enumerate(network.single_stream_layers)]
+from .family import REACHED_FROM_OUTSIDE, Family, Network
 
 
 def _keys(network: Network) -> int:
@@ -23,7 +16,8 @@ BOOGU = Family(
     name="boogu",
     label="Boogu",
     network="comfy.ldm.boogu.model.BooguTransformer2DModel",
-    blocks=_blocks,
+    double="double_stream_layers",
+    single="single_stream_layers",
     hidden=lambda network: network.hidden_size,
     keys=_keys,
     key_heads=lambda network: network.single_stream_layers[0].attn.kv_heads,

@@ -1,26 +1,23 @@
 """What the engine must know of a model family, and the one place that reads a network's arguments."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor, nn
 
 from ....topi_core.layout import Grid, Layout, Part
 
-Network = Any
-"""A network of ComfyUI's, with the attributes of its class."""
+Network = Any  # A network of ComfyUI's, with the attributes of its class
 
 
 class Block(NamedTuple):
     """One block. A double block's hidden states are those of the images, a single block's have the text as well."""
 
-    kind: Literal["double_block", "single_block"]
+    kind: str
     index: int
     module: nn.Module
 
@@ -40,40 +37,36 @@ class Family:
 
     name: str
     label: str
-    network: str
-    """The full name of ComfyUI's class. It is never imported: an older ComfyUI may lack the model."""
-    blocks: Callable[[Network], Sequence[Block]]
+    network: str  # the full name of ComfyUI's class, never imported: an older ComfyUI may lack the model
+    double: str = ""  # the network's attribute that lists its double blocks
+    single: str = ""  # and the one for the single blocks behind them
     hidden: Callable[[Network], int]
-    variant: Callable[[Network], bool] = lambda network: True
-    """Which networks of the class, where several families share it."""
-    linear: int = 24
-    """Linear operations of a layer, in units of tokens x hidden^2 (`topi_core.cost.layer_flops`)."""
+    variant: Callable[[Network], bool] = lambda network: True  # which networks, where families share a class
+    linear: int = 24  # linear operations of a layer, in units of tokens x hidden^2 (`topi_core.cost.layer_flops`)
     keys: Callable[[Network], int] | None = None
     """Width of a token's keys over all attentions of the network, where it is not `hidden` for each block."""
     key_heads: Callable[[Network], int | None] = lambda network: None
     """How many heads of keys a network with grouped-query attention has; some repeat them before the attention."""
-    patch: Callable[[Network], int] = lambda network: network.patch_size
-    """Latent pixels a token, along one side."""
+    patch: Callable[[Network], int] = lambda network: network.patch_size  # latent pixels a token, along one side
     frames: Callable[[Network, Tensor], int] = lambda network, latent: 1
     """Token grids of a latent that stand below one another: those of its frames, where they are not rows of a batch."""
-    order: tuple[Part, Part, Part] = ("text", "target", "references")
-    """Of the tokens in the attention."""
-    pe_dim: int = 2
-    """The dimension of a block's positions that runs over the tokens."""
+    order: tuple[Part, Part, Part] = ("text", "target", "references")  # of the tokens in the attention
+    pe_dim: int = 2  # the dimension of a block's positions that runs over the tokens
     references: Callable[[Network, Mapping], list[Tensor]] = lambda network, given: given.get("ref_latents") or []
     """The reference latents that a call puts into the sequence, by its arguments."""
-    wrapper: str = WrappersMP.DIFFUSION_MODEL
-    """Which of ComfyUI's wrappers sees a call of the network."""
-    network_of: Callable[[Any], Network] = lambda owner: owner
-    """Where the network is in the object whose call that wrapper sees."""
-    text: str = "context"
-    """Which argument of that call is the text [B, X, W]."""
+    wrapper: str = WrappersMP.DIFFUSION_MODEL  # which of ComfyUI's wrappers sees a call of the network
+    network_of: Callable[[Any], Network] = lambda owner: owner  # from the object whose call that wrapper sees
+    text: str = "context"  # which argument of that call is the text [B, X, W]
     hooked: Mapping[str, str] | None = None
     """How a plan reaches the blocks: None, by ComfyUI's block replacements; else by torch's hooks, and this maps
     parameters of a block's forward to their names in a replacement (`apply`)."""
     text_leaves: bool = True
-    """Whether text can leave the sequence: it has a stream of its own, at one end of the attention's sequence, and the
-    network looks for nothing behind its blocks but the picture."""
+    """Whether text can leave the sequence: it has a stream of its own, at one end of the attention's, and the network
+    looks for nothing behind its blocks but the picture."""
+
+    def blocks(self, network: Network) -> list[Block]:
+        kinds = (("double_block", self.double), ("single_block", self.single))
+        return [Block(kind, i, block) for kind, name in kinds if name for i, block in enumerate(getattr(network, name))]
 
     def grid(self, network: Network, latent: Tensor) -> Grid:
         """Token grid of a latent [..., H, W], whose sides ComfyUI pads to the patch."""

@@ -1,14 +1,12 @@
 """JoyImage-Edit: ComfyUI's `comfy.ldm.joyimage.model.JoyImageTransformer3DModel`; its text comes last."""
 
-from __future__ import annotations
-
-from .family import Block, Family
+from .family import Family
 
 JOYIMAGE = Family(
     name="joyimage",
     label="JoyImage",
     network="comfy.ldm.joyimage.model.JoyImageTransformer3DModel",
-    blocks=lambda network: [Block("double_block", i, block) for i, block in enumerate(network.double_blocks)],
+    double="double_blocks",
     hidden=lambda network: network.img_in.out_channels,
     patch=lambda network: network.patch_size[-1],
     frames=lambda network, latent: -(-latent.shape[2] // network.patch_size[0]),  # of latents [B, C, frames, H, W]

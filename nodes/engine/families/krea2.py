@@ -1,12 +1,10 @@
 """Krea 2: ComfyUI's `comfy.ldm.krea2.model.SingleStreamDiT`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from torch import Tensor
 
-from .family import REACHED_FROM_OUTSIDE, Block, Family, Network
+from .family import REACHED_FROM_OUTSIDE, Family, Network
 
 
 def _references(network: Network, given: Mapping) -> list[Tensor]:
@@ -19,7 +17,7 @@ KREA2 = Family(
     name="krea2",
     label="Krea 2",
     network="comfy.ldm.krea2.model.SingleStreamDiT",
-    blocks=lambda network: [Block("single_block", i, block) for i, block in enumerate(network.blocks)],
+    single="blocks",
     hidden=lambda network: network.first.out_features,
     keys=lambda network: sum(block.attn.kvheads * block.attn.headdim for block in network.blocks),
     key_heads=lambda network: network.blocks[0].attn.kvheads,

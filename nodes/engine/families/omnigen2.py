@@ -1,14 +1,12 @@
 """OmniGen2: ComfyUI's `comfy.ldm.omnigen.omnigen2.OmniGen2Transformer2DModel`; its target comes last."""
 
-from __future__ import annotations
-
-from .family import REACHED_FROM_OUTSIDE, Block, Family
+from .family import REACHED_FROM_OUTSIDE, Family
 
 OMNIGEN2 = Family(
     name="omnigen2",
     label="OmniGen2",
     network="comfy.ldm.omnigen.omnigen2.OmniGen2Transformer2DModel",
-    blocks=lambda network: [Block("single_block", i, layer) for i, layer in enumerate(network.layers)],
+    single="layers",
     hidden=lambda network: network.hidden_size,
     keys=lambda network: sum(layer.attn.kv_heads * layer.attn.dim_head for layer in network.layers),
     key_heads=lambda network: network.layers[0].attn.kv_heads,
