@@ -53,10 +53,6 @@ class Extrapolation(NamedTuple):
     ahead: float = 0.0
     codec: Codec = PLAIN
 
-    @property
-    def shape(self) -> torch.Size:
-        return self.held[0].shape
-
     def behind(self, tokens: int) -> Extrapolation:
         """Without so many tokens at its beginning."""
         held, change = (x and tuple(t[..., tokens:, :] for t in x) for x in (self.held, self.change))
@@ -66,9 +62,8 @@ class Extrapolation(NamedTuple):
         """Puts them into `out` [I, .., K, D], which may have more heads: as many in a row get the same."""
         x = self.codec.decode(self.held)
         if self.change is not None:
-            x = torch.add(
-                x, self.codec.decode(self.change), alpha=self.ahead, out=out if out.shape == x.shape else None
-            )
+            to = out if out.shape == x.shape else None
+            x = torch.add(x, self.codec.decode(self.change), alpha=self.ahead, out=to)
         if out.shape != x.shape:
             out, x = out.unflatten(1, (x.shape[1], -1)), x.unsqueeze(2)
         if x is not out:
@@ -84,18 +79,17 @@ def extrapolation_weight(since: float, span: float) -> float:
     return min(max(since / span, 0.0), 1.0) if span else 0.0
 
 
-def extend(x: Tensor, more: Sequence[Extrapolation]) -> Tensor:
-    """Keys or values with the kept ones behind their own: x [B, .., n, D] -> [B, .., n + K, D].
+def extend(x: Tensor, own: slice, more: Sequence[Extrapolation]) -> Tensor:
+    """Keys or values x [B, .., N, D] with the kept ones behind the n that are their `own` -> [B, .., n + K, D].
 
     The rows of `more` [I, .., K, D] make up B, one prompt after the other.
     """
-    n, k = x.shape[-2], more[0].shape[-2]
-    out = x.new_empty(*x.shape[:-2], n + k, x.shape[-1])
-    out[..., :n, :] = x
-    row = 0
-    for each in more:
-        each.write(out[row : row + each.shape[0], ..., n:, :])
-        row += each.shape[0]
+    n, kept = own.stop - own.start, more[0].held[0]
+    out = x.new_empty(*x.shape[:-2], n + kept.shape[-2], x.shape[-1])
+    out[..., :n, :] = x[..., own, :]
+    behind = out[..., n:, :]
+    for each, rows in zip(more, behind.chunk(len(more)) if len(more) > 1 else (behind,), strict=True):
+        each.write(rows)
     return out
 
 
@@ -202,13 +196,12 @@ class KVCache:
         """Keys and values of one attention, on the device, as they should be at `sigma`: those of the references, and
         with `text` those of the text before them. RuntimeError for an attention that no anchor has reached.
         """
-        self.used = True
         if site not in self.entries:
             raise RuntimeError(not_reached(site[0]))
-        changes = self.changes.get(site, (None, None))
-        ahead = extrapolation_weight(sigma - self.sigma, self.span)
-        pairs = zip(self._arrived(site, device), changes, strict=True)
-        both = [Extrapolation(held, change, ahead, self.codec) for held, change in pairs]
+        self.used, ahead = True, extrapolation_weight(sigma - self.sigma, self.span)
+        k, v = self.entries[site] if self.location == "device" else self._arrived(site, device)
+        dk, dv = self.changes.get(site, (None, None))
+        both = [Extrapolation(k, dk, ahead, self.codec), Extrapolation(v, dv, ahead, self.codec)]
         return both if text or not self.text else [each.behind(self.text) for each in both]
 
     @property
@@ -234,7 +227,7 @@ class KVCache:
         self.before = None
 
     def _arrived(self, site: AttentionSite, device: torch.device) -> Pair:
-        if self.location == "device" or device.type != "cuda":
+        if device.type != "cuda":
             return self.entries[site]
         stream = _stream(device)
         transfer = self.coming.pop(site, None) or _Transfer(self.entries[site], stream)

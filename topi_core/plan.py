@@ -98,7 +98,7 @@ class Cut:
 
     def own_keys(self, layout: Layout, tokens: int) -> slice:
         """Of an attention's own keys, those that nothing stands in for: all but the text's, which is at one end."""
-        text = self.tokens(layout) - layout.target_tokens if self.stand_in_text else 0
+        text = min(self.text or 0, layout.text_tokens) if self.stand_in_text else 0
         return slice(text, tokens) if layout.text.start == 0 else slice(0, tokens - text)
 
     def gather(self, x: Tensor, layout: Layout, dim: int = 1) -> Tensor:

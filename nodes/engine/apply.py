@@ -1,8 +1,7 @@
 """Carries a plan out: what the blocks of a network and their attentions get in one call. It knows no saving.
 
-Where ComfyUI lets a block be replaced, this is by block replacements, and those that were there before are called by
-ours. Networks without them are reached by torch's hooks on their blocks, removed when the call ends. Attentions are
-reached by ComfyUI's override, of which there is one for the whole call.
+Blocks are reached by ComfyUI's block replacements, where those of others are called by ours, or by torch's hooks until
+the call ends where a network has none; attentions by ComfyUI's override, of which there is one for the whole call.
 """
 
 import inspect
@@ -49,9 +48,10 @@ class Carrier:
         # dimensions that run over tokens, of arguments as they are called in ComfyUI's replacements
         self.dims = {"pe": (pe_dim,), "image_pe": (pe_dim,), "attn_mask": (-2, -1)}
         self.previous: Callable | None = options.get("optimized_attention_override")
-        self.layer: int | None = None  # that runs now
+        self.layer = -1  # that runs now; -1: none
         self.attentions = 0  # of it, so far
         self.shortened: dict[int, tuple[Tensor, Tensor]] = {}  # positions and masks, by the id of what was given
+        self.tokens: dict[str, int] = {}  # that the cut leaves, by the kind of block
 
     @property
     def wanted(self) -> list[int]:
@@ -76,7 +76,7 @@ class Carrier:
 
     def leave(self, layer: int, hidden: Tensor) -> Tensor:
         """What goes on behind a block."""
-        self.layer = None
+        self.layer = -1
         if layer == len(self.blocks) - 1:
             for change in self.plan.output:
                 hidden = change(hidden, self.blocks[layer].layout(self.call.layout))
@@ -85,10 +85,9 @@ class Carrier:
     def attend(self, function: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, *rest, **kwargs) -> Tensor:
         """ComfyUI's `optimized_attention_override`. What would have run, another pack's or ComfyUI's own, is called."""
         run = function if self.previous is None else partial(self.previous, function)
-        handlers = () if self.layer is None else self.plan.attention.get(self.layer, ())
+        handlers = self.plan.attention.get(self.layer)
         if not handlers:
             return run(q, k, v, heads, *rest, **kwargs)
-        assert self.layer is not None
         mask = rest[0] if rest else kwargs.get("mask")
         site = self.layer, self.attentions
         self.attentions += 1
@@ -138,10 +137,13 @@ class Carrier:
 
     def _shorter(self, args: dict[str, Any], block: Block) -> dict[str, Any]:
         """Hidden rows shortened once, positions and mask at every block (Eq. 12)."""
-        cut, layout = self.plan.cut, block.layout(self.call.layout)
+        cut = self.plan.cut
         assert cut is not None
         changed, img, txt = dict(args), args["img"], args.get("txt")
-        if img.shape[1] != cut.tokens(layout):
+        if block.kind not in self.tokens:
+            self.tokens[block.kind] = cut.tokens(block.layout(self.call.layout))
+        if img.shape[1] != self.tokens[block.kind]:
+            layout = block.layout(self.call.layout)
             if img.shape[1] != layout.tokens:
                 raise RuntimeError(self.call.unexpected(img.shape[1]))
             changed["img"] = cut.gather(img, layout)

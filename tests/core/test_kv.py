@@ -10,7 +10,7 @@ CPU = torch.device("cpu")
 
 def got(cache: KVCache, site, sigma: float, text: bool = False) -> list[torch.Tensor]:
     """Keys and values as an attention sees them."""
-    return [extend(each.held[0][..., :0, :], [each]) for each in cache.read(site, CPU, sigma, text)]
+    return [extend(each.held[0], slice(0, 0), [each]) for each in cache.read(site, CPU, sigma, text)]
 
 
 def held(*args, step=0, sigma=1.0, cache=None, extrapolate=True, **kwargs) -> KVCache:
@@ -58,9 +58,9 @@ def test_extending_equals_concatenating(pair, flat):
     k, cached = pair
     if flat:
         k, cached = (x.transpose(1, 2).flatten(2) for x in pair)
-    as_it_was = extend(k, [Extrapolation((cached[:1],)), Extrapolation((cached[1:],))])
+    as_it_was = extend(k, slice(0, 7), [Extrapolation((cached[:1],)), Extrapolation((cached[1:],))])
     assert torch.equal(as_it_was, torch.cat((k, cached), -2))
-    ahead = extend(k, [Extrapolation((cached[:1],)), Extrapolation((cached[1:],), (k[1:],), 0.5)])
+    ahead = extend(k, slice(0, 7), [Extrapolation((cached[:1],)), Extrapolation((cached[1:],), (k[1:],), 0.5)])
     assert torch.equal(ahead, torch.cat((k, torch.cat((cached[:1], cached[1:].add(k[1:], alpha=0.5)))), -2))
 
 
@@ -74,7 +74,7 @@ def test_heads_that_share_their_keys_are_held_once(before):
     own = torch.randn(2, 6, 5, 4)
     k, _ = cache.read((0, 0), CPU, 0.5)
     expected = few + (few - old) * before
-    assert torch.equal(extend(own, [k]), torch.cat((own, expected.repeat_interleave(3, 1)), -2))
+    assert torch.equal(extend(own, slice(0, 5), [k]), torch.cat((own, expected.repeat_interleave(3, 1)), -2))
 
 
 def test_what_is_reused_is_hidden_by_no_mask():

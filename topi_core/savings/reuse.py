@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..config import ReuseSettings
 from ..kv import KVCache, KVStore, extend, extend_mask, not_reached
-from ..plan import Attention, Call, CondKey, Cut, Plan, Saving
-from ..references import References, ReferenceSet
+from ..plan import Attention, Call, Cut, Plan, Saving
+from ..references import References
 from ..trace import Run
 
 TEXT_LEFT = 2
@@ -41,14 +41,16 @@ class Reuse(Saving):
         return True
 
     def apply(self, plan: Plan, call: Call) -> bool:
-        """False where a prompt has no cache, or one of another number of tokens than those that share its call."""
+        """False where a prompt has no cache."""
         if not call.sets:
             return True
         self.references.settle()
-        found = [self._shrunk(cond, of) for cond, of in zip(call.conds, call.sets, strict=True)]
-        caches = [cache for cache in found if cache is not None]
-        if len(caches) < len(found) or len({cache.reference_tokens for cache in caches}) > 1:
+        caches = [cache for cond in call.conds if (cache := self.store.get(cond)) is not None]
+        if len(caches) < len(call.conds):
             return False
+        for cache, of in zip(caches, call.sets, strict=True):
+            if cache.kept is None and of.selection is not None:
+                cache.shrink(of.selection.kept())  # as many of each reference's size, as `max_keep` has it
         texts = {cache.text for cache in caches}
         with_text = self.text and call.text_leaves and len(texts) == 1 and texts != {0}
         plan.kind, plan.cut = "reused", self._cut(caches, with_text, call)
@@ -74,14 +76,6 @@ class Reuse(Saving):
     def release(self) -> None:
         self.store.clear()
 
-    def _shrunk(self, cond: CondKey, of: ReferenceSet) -> KVCache | None:
-        """The prompt's cache with the kept tokens only; as many for all prompts of its size: they may share a call."""
-        cache = self.store.get(cond)
-        if cache is not None and cache.kept is None and of.selection is not None:
-            alike = [s.selection for s in self.references.sets if s.selection is not None and s.fits(of.layout)]
-            cache.shrink(of.selection.kept(max(count for selection in alike for count in selection.counts)))
-        return cache
-
     def _cut(self, caches: list[KVCache], with_text: bool, call: Call) -> Cut:
         key = (with_text, *map(id, caches))
         if key not in self.cuts:
@@ -105,11 +99,11 @@ def _keep(call: Call, caches: list[KVCache], with_text: bool, seen: Attention) -
 
 def _reuse(call: Call, caches: list[KVCache], cut: Cut, seen: Attention) -> None:
     """Shows an attention the kept keys and values behind its own, and in place of those of text that left."""
-    pairs = [cache.read(seen.site, seen.k.device, call.sigma, cut.stand_in_text) for cache in caches]
-    keys, values = zip(*pairs, strict=True)
-    tokens = seen.k.shape[-2]
+    tokens, device = seen.k.shape[-2], seen.k.device
     own = cut.own_keys(call.layout, tokens)
+    pairs = [cache.read(seen.site, device, call.sigma, cut.stand_in_text) for cache in caches]
+    keys, values = zip(*pairs, strict=True)
     if seen.mask is not None:
-        seen.mask = extend_mask(seen.mask, tokens, own, keys[0].shape[-2])
-    seen.k = extend(seen.k[..., own, :], keys)
-    seen.v = extend(seen.v[..., own, :], values)
+        seen.mask = extend_mask(seen.mask, tokens, own, caches[0].reference_tokens + caches[0].text * cut.stand_in_text)
+    seen.k = extend(seen.k, own, keys)
+    seen.v = extend(seen.v, own, values)
