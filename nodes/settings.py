@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..topi_core import config
-from ..topi_core.influence import SCORERS, scorer
+from ..topi_core.influence import SCORERS
 from .support import profile_files
 
 SettingsType = io.Custom("TOPI_SETTINGS")
@@ -65,11 +65,12 @@ class ToPiSettings(io.ComfyNode):
         cls, profile, layers, front_layers, first_anchor, start_percent, end_percent, min_keep, max_keep, metric,
         spacing, forecast, reuse_text,
     ) -> io.NodeOutput:  # fmt: skip
+        config.one_of("metric", metric, tuple(SCORERS))
         window = {"first_anchor": first_anchor, "start_percent": start_percent, "end_percent": end_percent}
         settings = config.Settings(
             layers=config.LayerSettings(profile=profile, layers=config.parse_layers(layers), front_layers=front_layers),
             anchors=config.AnchorSettings(**window, spacing=spacing),
-            keep=config.KeepSettings(min_keep=min_keep, max_keep=max_keep, metric=scorer(metric)),
+            keep=config.KeepSettings(min_keep=min_keep, max_keep=max_keep, metric=SCORERS[metric]),
             reuse=config.ReuseSettings(forecast=forecast, reuse_text=reuse_text),
         )
         return io.NodeOutput(settings)

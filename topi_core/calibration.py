@@ -99,6 +99,22 @@ class Calibration:
         return tuple(sum(layer in top for top in own) / len(own) for layer in layers)
 
 
+class LayerSearch:
+    """Finds a run's representative layers on its first anchor step alone: Eq. 4 and 5 over all rows with references."""
+
+    def __init__(self):
+        self.told: dict[int, list[Tensor]] = {}  # by step, S of each row [B, L] of each call
+
+    def add(self, step: int, s: Tensor) -> None:
+        self.told.setdefault(step, []).append(s)
+
+    def result(self) -> tuple[tuple[int, ...], int]:
+        """The Top-M, and the step that told."""
+        first = min(self.told)
+        mean = torch.cat(self.told[first]).cpu().double().mean(0)
+        return top_layers(mean, min(TOP_M, len(mean))), first
+
+
 @dataclass
 class Listening(Sampled):
     """What one sampling run tells, collected while it goes on: a pair for each of its images."""

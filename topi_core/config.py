@@ -29,7 +29,7 @@ def _within(low: int, high: int, **values: float) -> None:
             raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
 
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
@@ -59,7 +59,7 @@ class AnchorSettings:
         _within(0, 1, start_percent=start, end_percent=end)
         if start > end:
             raise ValueError(f"start_percent must not be above end_percent, got {start} and {end}")
-        _one_of("spacing", self.spacing, SPACINGS)
+        one_of("spacing", self.spacing, SPACINGS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ class Settings:
     reuse: ReuseSettings = ReuseSettings()
 
     def __post_init__(self) -> None:
-        _one_of("mode", self.mode, MODES)
+        one_of("mode", self.mode, MODES)
 
     @property
     def update_interval(self) -> int:

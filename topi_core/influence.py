@@ -135,10 +135,3 @@ class Scorer:
 INFLUENCE = Scorer("influence", lambda seed: influence)
 ATTENTION = Scorer("attention", lambda seed: lambda received, v, layout: received.sum(1))  # Table 3's attention alone
 SCORERS = {scorer.name: scorer for scorer in (INFLUENCE, ATTENTION)}
-
-
-def scorer(name: str) -> Scorer:
-    """One of `SCORERS`; ValueError for another name."""
-    if name not in SCORERS:
-        raise ValueError(f"metric must be one of {', '.join(SCORERS)}, got {name!r}")
-    return SCORERS[name]

@@ -245,12 +245,11 @@ def not_reached(layer: int) -> str:
 
 
 class Memory(Protocol):
-    """What keys and values take beside one call of the model, and the room for them."""
+    """What keys and values take beside one call of the model, and where there is room for them."""
 
-    def size(self, tokens: int) -> int: ...  # bytes of so many tokens' keys and values in all attentions
+    def size(self, tokens: int) -> int: ...  # bytes of so many tokens, in all attentions
 
-    def where(self, size: float, back: float = 0) -> Location | None:
-        """Where `size` bytes more fit: on the device, else on the host (which was given `back` back), else None."""
+    def where(self, size: float, back: float = 0) -> Location | None: ...  # `back` bytes on the host were given back
 
 
 class KVStore:

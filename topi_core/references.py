@@ -80,7 +80,3 @@ class References:
             self.run.anchors = [*others, anchor]
             if self.on_anchor is not None:
                 self.on_anchor(self.run, anchor)
-
-    def clear(self) -> None:
-        self.sets.clear()
-        self.of_cond.clear()

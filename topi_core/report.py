@@ -5,8 +5,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median
 
-from torch import Tensor
-
 from . import cost
 from .overlay import kept_of
 from .profiles import Profile
@@ -61,9 +59,8 @@ def _measured(run: Run, scoring: dict[int, float]) -> float | None:
     of_shorter = _median(s.seconds / s.flops for s in timed if s.kind in shorter)
     if not of_full or not of_shorter:
         return None
-    took = sum(scoring.values())
-    took += sum(s.full_flops * of_full if s.kind in full else s.flops * of_shorter for s in run.steps)
-    return sum(s.full_flops for s in run.steps) * of_full / took
+    took = sum(s.full_flops * of_full if s.kind in full else s.flops * of_shorter for s in run.steps)
+    return sum(s.full_flops for s in run.steps) * of_full / (took + sum(scoring.values()))
 
 
 def summary(run: Sampled) -> str:
@@ -151,7 +148,7 @@ def text(run: Run) -> str:
 def _scored_in(run: Run) -> str:
     layers = ", ".join(map(str, run.layers))
     if run.anchors and all(anchor.ranks is None for anchor in run.anchors):
-        return "nothing was scored, as every token is kept and nothing looks at scores"
+        return "nothing was scored, as every token is kept and nothing looked on"
     if run.found_layers and run.found_at is None:
         return f"scored in {layers} (the middle one, as no profile fits and every token is kept)"
     if run.found_layers:
@@ -169,16 +166,11 @@ def _anchor_rows(run: Run) -> list[list[str]]:
     for anchor in run.anchors:
         count = len(anchor.layout.reference_grids)
         parts = [kept_of(anchor, i) for i in range(count)] + [anchor.kept] * (most > 1)
-        cells = [_kept(part) for part in parts]
+        counts = [", ".join(map(str, part.sum(1).tolist())) for part in parts]
+        cells = [f"{n} of {part.shape[1]} ({part.float().mean():.1%})" for n, part in zip(counts, parts, strict=True)]
         cells[count:count] = [""] * (most - count)
         rows.append([f"step {anchor.step}", f"{anchor.sigma:.3f}", *cells])
     return rows
-
-
-def _kept(part: Tensor) -> str:
-    """part [images, tokens], True where a token is kept."""
-    counts = ", ".join(map(str, part.sum(1).tolist()))
-    return f"{counts} of {part.shape[1]} ({part.sum().item() / part.numel():.1%})"
 
 
 def _step_rows(f: Figures, word: str, shorter: bool) -> list[list[str]]:

@@ -121,7 +121,11 @@ class Carrier:
             before = partial(self._before, layer, names)
             until.enter_context(self.blocks[layer].module.register_forward_pre_hook(before, with_kwargs=True))
         last = len(self.blocks) - 1
-        until.enter_context(self.blocks[last].module.register_forward_hook(partial(self._behind, last)))
+
+        def behind(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
+            return self.leave(last, out)
+
+        until.enter_context(self.blocks[last].module.register_forward_hook(behind))
 
     def _before(self, layer: int, names: Mapping[str, str], module: nn.Module, args: tuple, kwargs: dict) -> tuple:
         """torch's forward pre-hook."""
@@ -130,10 +134,6 @@ class Carrier:
         for name in list(bound.arguments)[1:]:
             bound.arguments[name] = common[names.get(name, name)]
         return bound.args[1:], bound.kwargs
-
-    def _behind(self, layer: int, module: nn.Module, args: tuple, out: Tensor) -> Tensor:
-        """torch's forward hook."""
-        return self.leave(layer, out)
 
     def _shorter(self, args: dict[str, Any], block: Block) -> dict[str, Any]:
         """Hidden rows shortened once, positions and mask at every block (Eq. 12)."""

@@ -72,8 +72,8 @@ class Patch:
     def engine(self, guider, arguments: dict[str, Any]) -> Engine:
         """For a run that a guider is about to make with the arguments of its `outer_sample`."""
         patcher, s, images = guider.model_patcher, self.settings.anchors, arguments["noise"].shape[0]
-        parts = ("latent_format", "diffusion_model", "model_sampling")
-        latent_format, network, sampling = map(patcher.get_model_object, parts)
+        get = patcher.get_model_object
+        latent_format, network, sampling = get("latent_format"), get("diffusion_model"), get("model_sampling")
         high = float("inf") if s.start_percent == 0 else sampling.percent_to_sigma(s.start_percent)
         low = float("-inf") if s.end_percent == 1 else sampling.percent_to_sigma(s.end_percent)
         run = Run(self.model, self.settings, self.family.patch(network), latent_format.spacial_downscale_ratio)

@@ -58,8 +58,7 @@ class Engine:
         conds = conds_of(given.options)
         sets = self.references.find(conds, given.references, layout, self.images) if given.references else []
         memory = self.memory(given.latent, given.references, len(conds))
-        device = given.latent.device
-        call = Call(step, sigma, layout, conds, self.images, device, sets, given.text_leaves, memory)
+        call = Call(step, sigma, layout, conds, self.images, given.latent.device, sets, given.text_leaves, memory)
         return self._plan(call, self.schedule), call
 
     def _plan(self, call: Call, schedule: Schedule) -> Plan:
@@ -99,7 +98,8 @@ class Engine:
         """Lets go of everything, also where an error keeps this object alive."""
         for saving in self.savings:
             saving.release()
-        self.references.clear()
+        self.references.sets.clear()
+        self.references.of_cond.clear()
 
 
 def conds_of(options: dict) -> tuple[CondKey, ...]:

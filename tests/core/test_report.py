@@ -110,7 +110,7 @@ def test_where_nothing_was_scored_the_report_says_so():
     made = run(["anchor", "pruned"], mode="reuse", kept=(4,))
     made.anchors = [Anchor(0, 1.0, a.layout, (), a.kept) for a in made.anchors]
     lines = text(made).splitlines()
-    assert lines[0] == "flux1, 8 layers: nothing was scored, as every token is kept and nothing looks at scores"
+    assert lines[0] == "flux1, 8 layers: nothing was scored, as every token is kept and nothing looked on"
     assert lines[1] == "mode reuse, forecast, update_interval 5 (sigma)"
     assert "scoring" not in "".join(lines[2:])
 

@@ -82,8 +82,7 @@ class Reuse(Saving):
             every = torch.arange(caches[0].reference_tokens)[None]
             kept = [every if cache.kept is None else cache.kept for cache in caches]
             stand_in = torch.cat(kept) if any(cache.kept is not None for cache in caches) else every
-            text = TEXT_LEFT if with_text else None
-            self.cuts[key] = Cut(text=text, stand_in=stand_in.to(call.device), stand_in_text=with_text)
+            self.cuts[key] = Cut(TEXT_LEFT if with_text else None, None, stand_in.to(call.device), with_text)
         return self.cuts[key]
 
 
@@ -99,11 +98,10 @@ def _keep(call: Call, caches: list[KVCache], with_text: bool, seen: Attention) -
 
 def _reuse(call: Call, caches: list[KVCache], cut: Cut, seen: Attention) -> None:
     """Shows an attention the kept keys and values behind its own, and in place of those of text that left."""
-    tokens, device = seen.k.shape[-2], seen.k.device
-    own = cut.own_keys(call.layout, tokens)
-    pairs = [cache.read(seen.site, device, call.sigma, cut.stand_in_text) for cache in caches]
+    own = cut.own_keys(call.layout, seen.k.shape[-2])
+    pairs = [cache.read(seen.site, seen.k.device, call.sigma, cut.stand_in_text) for cache in caches]
     keys, values = zip(*pairs, strict=True)
     if seen.mask is not None:
-        seen.mask = extend_mask(seen.mask, tokens, own, caches[0].reference_tokens + caches[0].text * cut.stand_in_text)
+        seen.mask = extend_mask(seen.mask, seen.k.shape[-2], own, keys[0].held[0].shape[-2])
     seen.k = extend(seen.k, own, keys)
     seen.v = extend(seen.v, own, values)

@@ -4,13 +4,14 @@ It saves nothing by itself. What it tells decides what is kept, or is shown.
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial, reduce
 
 import torch
 from torch import Tensor
 
-from ..calibration import TOP_M, sensitivity, top_layers
+from ..calibration import LayerSearch, sensitivity
 from ..influence import Scorer, attention_received, fusible
 from ..kv import not_reached
 from ..layout import Layout
@@ -43,6 +44,20 @@ class Heard:
         """Layers that it had to score, and whose attention or input it did not see."""
         return [layer for layer in self.layers if layer not in self.known]
 
+    def hear(self, seen: Attention, score: Callable[..., Tensor] | None = None) -> None:
+        """Listens to the attention over the whole sequence; some blocks have others."""
+        layer, layout = seen.site[0], self.call.layout
+        q, k, v = seen.heads_first()
+        if layer in self.known or any(x.shape[2] != layout.tokens for x in (q, k, v)):
+            return
+        fusible(q)  # what it compiles when it is first asked is not the time of scoring
+        with self.watch.on(q.device):
+            received = attention_received(q, k, layout, seen.four_dims())
+            if self.search:
+                self.sensitivity[layer] = sensitivity(received, layout)
+            if score is not None:
+                self.scores[layer] = score(received, v, layout)
+
     def zero_missing(self) -> None:
         """Nothing is scored in layers that guidance left out."""
         none = torch.zeros(len(self.call.sets) * self.call.images, device=self.call.device)
@@ -58,8 +73,6 @@ class Scores:
     step: int
     by_layer: dict[int, Tensor] = field(default_factory=dict)  # [images, C]
     watches: list[Stopwatch] = field(default_factory=list)
-    sensitivity: Tensor | float = 0.0  # in a search: [L], the sum over the rows of all calls
-    rows: int = 0
 
 
 class Score(Saving):
@@ -72,6 +85,7 @@ class Score(Saving):
         self.scorer: Scorer = run.settings.keep.metric
         self.score = self.scorer.begin(seed)
         self.scores: dict[ReferenceSet, Scores] = {}
+        self.search = LayerSearch()
         if not run.layers and run.settings.keeps_all:  # scores are for the views alone, not worth a search
             run.found_layers = (run.model.depth // 2,)
 
@@ -82,26 +96,13 @@ class Score(Saving):
         if self.scorer.of_input:
             plan.on_input(partial(self._see, heard), heard.layers)
         if search or not self.scorer.of_input:
-            plan.on_attention(partial(self._listen, heard), heard.layers)
+            score = None if self.scorer.of_input else self.score
+            plan.on_attention(partial(heard.hear, score=score), heard.layers)
         return True
 
     def _see(self, heard: Heard, layer: int, hidden: Tensor, layout: Layout) -> None:
         with heard.watch.on(hidden.device):
             heard.scores[layer] = self.score(hidden, layout, len(heard.call.sets))
-
-    def _listen(self, heard: Heard, seen: Attention) -> None:
-        """The attention over the whole sequence; some blocks have others."""
-        layer, layout = seen.site[0], heard.call.layout
-        q, k, v = seen.heads_first()
-        if layer in heard.known or any(x.shape[2] != layout.tokens for x in (q, k, v)):
-            return
-        fusible(q)  # what it compiles when it is first asked is not the time of scoring
-        with heard.watch.on(q.device):
-            received = attention_received(q, k, layout, seen.four_dims())
-            if heard.search:
-                heard.sensitivity[layer] = sensitivity(received, layout)
-            if not self.scorer.of_input:
-                heard.scores[layer] = self.score(received, v, layout)
 
     def commit(self, plan: Plan, call: Call, output: Tensor) -> None:
         heard: Heard | None = plan.notes.get(self)
@@ -115,6 +116,8 @@ class Score(Saving):
             heard.zero_missing()
         if heard.missing:
             raise RuntimeError(not_reached(heard.missing[0]))
+        if heard.search:
+            self.search.add(call.step, torch.stack([heard.sensitivity[layer] for layer in heard.layers], 1))
         for prompt, each in enumerate(call.sets):
             if each not in self.scores or self.scores[each].step != call.step:
                 self.scores[each] = Scores(call.step)  # the first call of a new anchor step starts afresh
@@ -122,9 +125,6 @@ class Score(Saving):
             for layer, score in heard.scores.items():
                 own = score[rows]
                 scores.by_layer[layer] = scores.by_layer[layer] + own if layer in scores.by_layer else own
-            if heard.search:
-                scores.sensitivity += torch.stack([heard.sensitivity[layer][rows].sum() for layer in heard.layers])
-                scores.rows += call.images
             if prompt == 0:  # the time of a call is counted once
                 scores.watches.append(heard.watch)
 
@@ -141,10 +141,7 @@ class Score(Saving):
 
     def _find_layers(self) -> None:
         run, model = self.run, self.run.model
-        run.found_at = min(scores.step for scores in self.scores.values())
-        first = [scores for scores in self.scores.values() if scores.step == run.found_at]
-        total = torch.stack([torch.as_tensor(scores.sensitivity).cpu().double() for scores in first]).sum(0)
-        run.found_layers = top_layers(total / sum(scores.rows for scores in first), min(TOP_M, model.depth))
+        run.found_layers, run.found_at = self.search.result()
         log.info(
             "ToPi: no profile fits %s with %d layers of width %d, so step %d scored all of them, and the run goes on "
             "with the layers %s; ToPi Calibrate and ToPi Save Profile find out on more images, and keep it",
