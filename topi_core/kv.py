@@ -88,7 +88,7 @@ def extend(x: Tensor, own: slice, more: Sequence[Extrapolation]) -> Tensor:
     out = x.new_empty(*x.shape[:-2], n + kept.shape[-2], x.shape[-1])
     out[..., :n, :] = x[..., own, :]
     behind = out[..., n:, :]
-    for each, rows in zip(more, behind.chunk(len(more)) if len(more) > 1 else (behind,), strict=True):
+    for each, rows in [(more[0], behind)] if len(more) == 1 else zip(more, behind.chunk(len(more)), strict=True):
         each.write(rows)
     return out
 
