@@ -54,5 +54,5 @@ lint:  ## check style and formatting; needs neither torch nor ComfyUI
 	@$(RUN) ruff check .
 	@$(RUN) ruff format --check .
 
-types: setup  ## check the types of topi_core
+types: setup  ## check the types of topi_core and nodes
 	@$(RUN) basedpyright
