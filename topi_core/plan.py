@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["skipped", "full", "pruned", "reused", "anchor"]
 """What becomes of a call or a step, in the order in which the calls of one step outrank one another."""
-AttentionSite = tuple[int, int]  # A layer, and which of its attentions: most have one
+AttentionSite = tuple[int, int]  # a layer, and which of its attentions: most have one
 
 
 @dataclass
@@ -90,24 +90,23 @@ class Cut:
 
     def tokens(self, layout: Layout) -> int:
         """How many rows are computed."""
-        return self.rows(layout).shape[1]
+        references = layout.reference_tokens if self.kept is None else self.kept.shape[1]
+        return self._text(layout) + layout.target_tokens + (references if self.stand_in is None else 0)
 
     def key_tokens(self, layout: Layout) -> int:
         """How many keys an attention sees."""
-        return self.keys(layout).shape[1]
+        if self.stand_in is None:
+            return self.tokens(layout)
+        return layout.text_tokens + layout.target_tokens + self.stand_in.shape[1]
 
     def own_keys(self, layout: Layout, tokens: int) -> slice:
         """Of an attention's own keys, those that nothing stands in for: all but the text's, which is at one end."""
-        text = min(self.text or 0, layout.text_tokens) if self.stand_in_text else 0
+        text = self._text(layout) if self.stand_in_text else 0
         return slice(text, tokens) if layout.text.start == 0 else slice(0, tokens - text)
 
     def gather(self, x: Tensor, layout: Layout, dim: int = 1) -> Tensor:
         """x with only those rows that are computed, along `dim`, which runs over the sequence of this layout."""
         return _take(x, self.rows(layout), dim)
-
-    def gather_keys(self, x: Tensor, layout: Layout, dim: int) -> Tensor:
-        """x along `dim`, such as the columns of a mask, in the order of the keys."""
-        return _take(x, self.keys(layout), dim)
 
     def scatter(self, short: Tensor, whole: Tensor, layout: Layout) -> Tensor:
         """`whole` [B, N, W] with the computed rows `short` [B, n, W] in their places."""
@@ -119,8 +118,11 @@ class Cut:
         for dim in dims:
             of = layout.of(x.shape[dim])
             if of is not None:
-                x = (self.gather_keys if dim == -1 else self.gather)(x, of, dim % x.ndim)
+                x = _take(x, self.keys(of) if dim == -1 else self.rows(of), dim % x.ndim)
         return x
+
+    def _text(self, layout: Layout) -> int:
+        return layout.text_tokens if self.text is None else min(self.text, layout.text_tokens)
 
     def _index(self, layout: Layout, keys: bool) -> Tensor:
         if (layout, keys) not in self._indices:

@@ -51,9 +51,7 @@ def figures(run: Run) -> Figures:
 
 
 def _measured(run: Run, scoring: dict[int, float]) -> float | None:
-    """The whole run's speed-up over one whose steps are all full, by the time that an operation takes in full steps and
-    in shorter ones: steps may be unequal, as where a prompt takes part in some of them only.
-    """
+    """The run's speed-up, by what an operation takes in full steps and in shorter ones: steps may be unequal."""
     timed, full, shorter = run.steps[1:], ("full", "anchor"), SHORTER
     of_full = _median((s.seconds - scoring.get(s.index, 0.0)) / s.full_flops for s in timed if s.kind in full)
     of_shorter = _median(s.seconds / s.flops for s in timed if s.kind in shorter)

@@ -31,13 +31,13 @@ def announce(node_id: str, run: Run, anchor: Anchor) -> None:
 
 
 def watched() -> bool:
-    """Whether anybody may look at a run's scores: a page, or ToPi Mask Preview in a running prompt; in doubt, yes."""
+    """Whether a page or a ToPi Mask Preview in the running prompt looks at scores; outside of one, somebody may."""
     try:
         server = PromptServer.instance
         running, _ = server.prompt_queue.get_current_queue()
         nodes = [node for _, _, prompt, *_ in running for node in prompt.values()]
         return not nodes or _watched(server) or any(node["class_type"] == "ToPiMaskPreview" for node in nodes)
-    except Exception:
+    except (AttributeError, LookupError, TypeError, ValueError):  # no server, or a queue of another form
         return True
 
 

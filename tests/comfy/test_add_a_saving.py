@@ -27,6 +27,7 @@ def toy(tmp_path_factory):
     spec = importlib.util.spec_from_file_location("toy", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    del sys.modules["the_pack"]
     return module
 
 
