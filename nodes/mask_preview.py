@@ -59,9 +59,8 @@ def note(run: Run) -> str:
     """What has to be said beside the frames."""
     if why := why_nothing(run):
         return f"nothing was {run.verb}: {why}"
-    if run.anchors and all(anchor.ranks is None for anchor in run.anchors):
-        return "no influence was scored, as nothing looked on while this run was sampled: change the seed"
-    return ""
+    unscored = run.anchors and all(anchor.ranks is None for anchor in run.anchors)
+    return "no influence was scored, as nothing looked on while this run was sampled: change the seed" * bool(unscored)
 
 
 def anchors_with(run: Run, reference: int) -> list[Anchor]:

@@ -71,8 +71,7 @@ class References:
                 continue
             each.selection, seconds = self.choose(each)
             each.settled = True
-            kept = torch.ones(len(each.latents[0]), each.layout.reference_tokens, dtype=torch.bool)
-            ranks = None
+            kept, ranks = torch.ones(len(each.latents[0]), each.layout.reference_tokens, dtype=torch.bool), None
             if each.selection is not None:
                 kept, ranks = each.selection.mask(), each.selection.ranks()
             anchor = Anchor(*each.anchor, each.layout, each.pictures, kept, seconds, ranks)
