@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from . import codec, edits, text
 from .model import ARCHITECTURE, SHIFT, TEXT_ENCODER, WEIGHTS
@@ -31,26 +32,34 @@ from .scenes import SHAPES, coverage, draw, random_scene
 
 # Share of the batches by what they hold: (references, side in pixels, batch relative to the 128 pixel one) -> weight.
 BATCHES = {
-    (0, 128, 1.0): 0.09,
-    (1, 128, 1.0): 0.68,
-    (2, 128, 0.65): 0.06,
-    (3, 128, 0.45): 0.13,
-    (0, 256, 0.25): 0.01,
-    (1, 256, 0.20): 0.03,
+    (0, 128, 1.3): 0.16,
+    (1, 128, 1.0): 0.58,
+    (2, 128, 0.65): 0.10,
+    (3, 128, 0.45): 0.09,
+    (0, 256, 0.30): 0.02,
+    (1, 256, 0.20): 0.04,
+    (2, 256, 0.13): 0.01,
 }
-# Share of the one-reference edits.
+# Share of the edits by how many references they have.
 KINDS = {
-    "recolour": 15, "remove": 10, "replace": 11, "move": 14, "background": 8, "night": 5, "invert": 8,
-    "blur": 6, "shift": 7, "zoom": 14, "winter": 4, "autumn": 4, "keep": 3,
+    1: {
+        "recolour": 10, "remove": 7, "replace": 8, "move": 9, "background": 6, "night": 3, "invert": 4,
+        "blur": 3, "shift": 4, "zoom": 7, "winter": 2, "autumn": 2, "keep": 2,
+        "add": 9, "something": 7, "front": 8, "snow": 6, "stars": 6, "fog": 6, "zoom out": 8, "painting": 7,
+    },
+    2: {"put": 5, "put ground": 4, "somewhere": 4},
+    3: {"put two": 5, "put both": 3, "two somewhere": 3},
 }  # fmt: skip
-LOCAL_WEIGHT = 8.0  # how much more a latent cell counts where a local edit changes it
-DROP_TEXT = 0.05
+# How much more a latent cell counts where a local edit changes it. It makes the changed cells likelier than they are,
+# which is harmless only where there is one right answer.
+LOCAL_WEIGHT, OPEN_WEIGHT = 5.0, 2.0
+DROP_TEXT = 0.1
 HINT_LAYER = 2  # the single block whose output the head reads
 HINT_WEIGHT = 0.1
 RANK = 16  # of the modulation matrices
 COVERED = 0.3  # a token is of a shape that covers as much of it
 # Which object an edit means is decided while the picture is still noise: later, the noisy target itself shows it.
-EARLY_SHARE, EARLY = 0.4, 0.7  # so this share of the edits is seen at times from here to 1
+EARLY_SHARE, EARLY = 0.25, 0.7  # so this share of the edits is seen at times from here to 1
 
 
 @dataclass(frozen=True)
@@ -78,18 +87,19 @@ class Batch:
 def batches(seed: int, size: int) -> Iterator[Batch]:
     """An endless stream; the same seed gives the same stream."""
     rng = random.Random(seed)
-    kinds, kind_weights = list(KINDS), list(KINDS.values())
     while True:
         references, side, relative = rng.choices(list(BATCHES), list(BATCHES.values()))[0]
-        rows, images, sentences, hints = max(2, round(size * relative)), [], [], []
+        rows, images, sentences, hints, weights = max(2, round(size * relative)), [], [], [], []
         for _ in range(rows):
             if references == 0:
                 scene = random_scene(rng)
                 images.append((draw(scene, side),))
                 sentences.append(edits.caption(scene))
                 hints.append(torch.zeros(2, 0, dtype=torch.long))
+                weights.append(1.0)
                 continue
-            kind = {1: rng.choices(kinds, kind_weights)[0], 2: "put", 3: "put two"}[references]
+            kind = rng.choices(list(KINDS[references]), list(KINDS[references].values()))[0]
+            weights.append(OPEN_WEIGHT if edits.GRAMMAR[kind][0] == edits.OPEN else LOCAL_WEIGHT)
             example = edits.example(rng, edits.random_edit(rng, kind), side)
             images.append((example.expected, *example.references))
             sentences.append(str(example.edit) if rng.random() > DROP_TEXT else "")
@@ -97,7 +107,7 @@ def batches(seed: int, size: int) -> Iterator[Batch]:
         tokens = torch.tensor([text.tokenize(s) for s in sentences])
         target, *refs = (codec.encode(torch.stack(column)) for column in zip(*images, strict=True))
         shapes, named = torch.stack(hints, 1)
-        yield Batch(target, tuple(refs), tokens, _cell_weight(target, refs), shapes, named)
+        yield Batch(target, tuple(refs), tokens, _cell_weight(target, refs, torch.tensor(weights)), shapes, named)
 
 
 def _hints(example: edits.Example, grid: int, told: bool) -> Tensor:
@@ -107,7 +117,9 @@ def _hints(example: edits.Example, grid: int, told: bool) -> Tensor:
     asked = dict(zip(donors or [first], (words.get("shape"), words.get("other")), strict=False))
     hints = []
     for number, scene in enumerate(example.scenes):
-        covers = torch.stack([torch.full((grid, grid), COVERED), *(coverage(o, grid) for o in scene.objects)])
+        covers = torch.stack(
+            [torch.full((grid, grid), COVERED), *(coverage(o, grid, scene.zoom) for o in scene.objects)]
+        )
         shape = torch.tensor([0, *(1 + SHAPES.index(o.shape) for o in scene.objects)])[covers.argmax(0)]
         wanted = 1 + SHAPES.index(asked[number]) if asked.get(number) else -1
         named = (shape == wanted).long() if told and "shape" in words else torch.full_like(shape, -1)
@@ -115,12 +127,12 @@ def _hints(example: edits.Example, grid: int, told: bool) -> Tensor:
     return torch.cat(hints, 1)
 
 
-def _cell_weight(target: Tensor, references: list[Tensor]) -> Tensor:
+def _cell_weight(target: Tensor, references: list[Tensor], changed_weight: Tensor) -> Tensor:
     if not references:
         return torch.ones_like(target[:, :1])
     changed = ((target - references[0]).abs().amax(1, keepdim=True) > 0.05).float()
     local = (changed.mean((1, 2, 3), keepdim=True) < 0.5).float()
-    weight = 1 + (LOCAL_WEIGHT - 1) * changed * local
+    weight = 1 + (changed_weight[:, None, None, None] - 1) * changed * local
     return weight / weight.mean((1, 2, 3), keepdim=True)
 
 
@@ -180,9 +192,11 @@ def storable(model: nn.Module, words: text.TextEncoder) -> dict[str, Tensor]:
 
 
 def restore(model: nn.Module, words: text.TextEncoder, tensors: dict[str, Tensor]) -> None:
-    """Puts what `storable` gave back into a trainable model and its text encoder."""
+    """Puts what `storable` gave back into a trainable model and its text encoder; words it lacks stay as they are."""
     model.load_state_dict({k: v for k, v in tensors.items() if not k.startswith(TEXT_ENCODER)})
-    words.load_state_dict({k.removeprefix(TEXT_ENCODER): v for k, v in tensors.items() if k.startswith(TEXT_ENCODER)})
+    kept = {k.removeprefix(TEXT_ENCODER): v for k, v in tensors.items() if k.startswith(TEXT_ENCODER)}
+    known, fresh = kept["word.weight"], words.word.weight.detach()
+    words.load_state_dict(kept | {"word.weight": torch.cat((known.to(fresh), fresh[len(known) :]))})
 
 
 class Hint(nn.Module):
@@ -259,6 +273,33 @@ class Average:
             mean.copy_(kept)
 
 
+def drawn(seed: int, size: int, workers: int, repeat: int) -> Iterator[Batch]:
+    """`batches`, drawn by other processes where there are some; each batch `repeat` times in a row."""
+    stream = batches(seed, size) if not workers else iter(DataLoader(_Drawing(seed, size), None, num_workers=workers))
+    for batch in stream:
+        for _ in range(repeat):
+            yield batch
+
+
+class _Drawing(IterableDataset):
+    """Of every process, a stream of its own."""
+
+    def __init__(self, seed: int, size: int):
+        self.seed, self.size = seed, size
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield from batches(self.seed + 104_729 * get_worker_info().id, self.size)
+
+
+def cut(path: Path, size: int) -> list[Path]:
+    """Writes the file again in numbered pieces of at most `size` bytes; `cat FILE.? > FILE` joins them."""
+    data = path.read_bytes()
+    pieces = [path.with_name(f"{path.name}.{i}") for i in range(-(-len(data) // size))]
+    for i, piece in enumerate(pieces):
+        piece.write_bytes(data[i * size : (i + 1) * size])
+    return pieces
+
+
 def rate(done: float, warm: float = 0.01, flat: float = 0.45) -> float:
     """Learning rate over the share of training done: warm-up, plateau, linear to nothing."""
     if done < warm:
@@ -269,6 +310,7 @@ def rate(done: float, warm: float = 0.01, flat: float = 0.45) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m topi_demo.train", description=__doc__.splitlines()[0])
     parser.add_argument("--hours", type=float, default=2.0, help="training time, interruptions not counted")
+    parser.add_argument("--minutes", type=float, help="the same in minutes")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -277,6 +319,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--init", type=Path, help="weight file to go on from, where there is no checkpoint")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the matrix products")
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw; 0 draws between the steps")
+    parser.add_argument("--repeat", type=int, default=1, help="steps, each with new noise, that every batch serves for")
+    parser.add_argument("--save-every", type=float, default=180, metavar="SECONDS", help="between two checkpoints")
+    parser.add_argument("--pieces", type=int, metavar="MIB", help="write the weights in pieces of at most as much")
     parser.add_argument("--finish", action="store_true", help="write the averaged weights of the checkpoint and stop")
     args = parser.parse_args()
     if args.threads:
@@ -312,25 +359,31 @@ def main() -> None:
         torch.save(state, partial)
         partial.replace(checkpoint)
 
-    def write() -> None:
+    def write(path: Path) -> None:
         average.swap()
-        args.out.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         metadata = {"step": str(step), "hours": f"{spent / 3600:.2f}", "batch": str(args.batch), "lr": str(args.lr),
                     "seed": str(args.seed), "rank": str(RANK), "architecture": json.dumps(ARCHITECTURE)}  # fmt: skip
-        save_file(storable(model, words), args.out, metadata)
+        save_file(storable(model, words), path, metadata)
         average.swap()
 
+    def finish() -> None:
+        write(args.out)
+        if args.pieces:
+            cut(args.out, args.pieces << 20)
+
     if args.finish:
-        return write()
+        return finish()
 
     if log.exists():  # what came after the checkpoint is done again
         rows = log.read_text().splitlines()
         log.write_text("".join(row + "\n" for row in rows if json.loads(row)["step"] <= step))
 
     # a resumed run continues with a stream of its own; repeating the first one's scenes would teach nothing new
-    stream = batches(args.seed * 1_000_003 + step, args.batch)
+    stream = drawn(args.seed * 1_000_003 + step, args.batch, args.workers, args.repeat)
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-    total, recent, hints, last = args.hours * 3600, [], [], time.monotonic()
+    total, recent, hints, last = 60 * args.minutes if args.minutes else 3600 * args.hours, [], [], time.monotonic()
+    saved = spent
     stopping: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: stopping.append(number))
@@ -339,7 +392,7 @@ def main() -> None:
             for group in optim.param_groups:
                 group["lr"] = args.lr * rate(spent / total)
         batch = next(stream).to(args.device)
-        with torch.autocast(args.device, torch.bfloat16):
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             loss = loss_of(model, words, batch, generator)
         hinted = hint.loss(batch) if batch.references else torch.zeros(())
         (loss + HINT_WEIGHT * hinted).backward()
@@ -368,14 +421,16 @@ def main() -> None:
                 file.write(json.dumps(row) + "\n")
             print(f"{100 * spent / total:5.1f} %  {row}", flush=True)
             recent, hints = [], []
-        if step % 250 == 0:
+        if spent - saved > args.save_every:
             save()
+            write(args.run / "latest.safetensors")
+            saved = spent
             last = time.monotonic()
     save()
     if stopping:
         print(f"stopped at step {step}; the same command goes on from there", flush=True)
     else:
-        write()
+        finish()
 
 
 if __name__ == "__main__":
