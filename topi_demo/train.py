@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +61,8 @@ RANK = 16  # of the modulation matrices
 COVERED = 0.3  # a token is of a shape that covers as much of it
 # Which object an edit means is decided while the picture is still noise: later, the noisy target itself shows it.
 EARLY_SHARE, EARLY = 0.25, 0.7  # so this share of the edits is seen at times from here to 1
+
+CHECKPOINT = "checkpoint.pt"
 
 
 @dataclass(frozen=True)
@@ -307,7 +310,118 @@ def rate(done: float, warm: float = 0.01, flat: float = 0.45) -> float:
     return 1.0 if done < flat else max(0.0, (1 - done) / (1 - flat))
 
 
-def main() -> None:
+class Training:
+    """All that a checkpoint holds, and what is done with it."""
+
+    def __init__(self, init: Path | None, lr: float, device: str, dtype: str):
+        self.model, self.words = new_model().to(device), text.TextEncoder(device=device)
+        nn.init.normal_(self.words.word.weight, std=0.5)
+        nn.init.normal_(self.words.place.weight, std=0.3)
+        if init:
+            restore(self.model, self.words, load_file(init))
+        self.hint = Hint(self.model).to(device)
+        self.optims = optimizers(self.model, self.words, self.hint, lr)
+        self.average = Average([self.model, self.words], 0.998)
+        self.lr, self.device, self.dtype = lr, device, dtype
+        self.number, self.spent = 0, 0.0  # steps and seconds so far
+
+    def load(self, checkpoint: Path) -> None:
+        state = torch.load(checkpoint, map_location=self.device, weights_only=True)
+        self.number, self.spent, self.average.mean = state["step"], state["spent"], state["mean"]
+        for name in ("model", "words", "hint"):
+            getattr(self, name).load_state_dict(state[name])
+        for optim, kept in zip(self.optims, state["optims"], strict=True):
+            optim.load_state_dict(kept)
+
+    def save(self, checkpoint: Path) -> None:
+        state = {"step": self.number, "spent": self.spent, "mean": self.average.mean}
+        state |= {name: getattr(self, name).state_dict() for name in ("model", "words", "hint")}
+        state["optims"] = [optim.state_dict() for optim in self.optims]
+        partial = checkpoint.with_suffix(".partial")
+        torch.save(state, partial)
+        partial.replace(checkpoint)
+
+    def write(self, path: Path, **settings: object) -> None:
+        """The averaged weights as the weight file holds them; settings go into its metadata."""
+        metadata = {"step": self.number, "hours": f"{self.spent / 3600:.2f}", **settings, "rank": RANK}
+        metadata |= {"lr": self.lr, "architecture": json.dumps(ARCHITECTURE)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.average.swap()
+        save_file(storable(self.model, self.words), path, {k: str(v) for k, v in metadata.items()})
+        self.average.swap()
+
+    def step(self, batch: Batch, generator: torch.Generator, done: float) -> tuple[float, float]:
+        """One step at the share `done` of the training; the loss and the hint's."""
+        for optim in self.optims:
+            for group in optim.param_groups:
+                group["lr"] = self.lr * rate(done)
+        batch = batch.to(self.device)
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == "bfloat16"):
+            loss = loss_of(self.model, self.words, batch, generator)
+        hinted = self.hint.loss(batch) if batch.references else torch.zeros(())
+        (loss + HINT_WEIGHT * hinted).backward()
+        nn.utils.clip_grad_norm_(self.average.live, 1.0)
+        for optim in self.optims:
+            optim.step()
+            optim.zero_grad()
+        self.average.update(self.number)
+        self.number += 1
+        return loss.item(), hinted.item()
+
+
+class Log:
+    """Losses as JSON lines, a line for every `EVERY` steps: their means, over all and by the number of references."""
+
+    EVERY = 50
+
+    def __init__(self, path: Path, step: int):
+        self.path, self.losses, self.hints = path, [], []
+        if path.exists():  # what came after the checkpoint is done again
+            rows = path.read_text().splitlines()
+            path.write_text("".join(row + "\n" for row in rows if json.loads(row)["step"] <= step))
+
+    def add(self, step: int, hours: float, references: int, loss: float, hint: float) -> dict | None:
+        """Takes up one step; the row, where one is full."""
+        if not math.isfinite(loss):
+            raise RuntimeError(f"the loss is not finite at step {step}")
+        self.losses.append((references, loss))
+        self.hints.append(hint)
+        if step % self.EVERY:
+            return None
+        row = {"step": step, "hours": round(hours, 4), "loss": round(fmean(v for _, v in self.losses), 5)}
+        for n in sorted({n for n, _ in self.losses}):
+            row[f"loss_{n}_references"] = round(fmean(v for k, v in self.losses if k == n), 5)
+        row["hint"] = round(fmean(self.hints), 4)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self.losses, self.hints = [], []
+        return row
+
+
+def train(training: Training, args: argparse.Namespace, stopping: list) -> None:
+    """Until the time is up, or until there is something in `stopping`; keeps checkpoints on the way."""
+    log, checkpoint = Log(args.run / "train.jsonl", training.number), args.run / CHECKPOINT
+    # a resumed run continues with a stream of its own; repeating the first one's scenes would teach nothing new
+    seed = args.seed * 1_000_003 + training.number
+    stream = drawn(seed, args.batch, args.workers, args.repeat)
+    generator = torch.Generator().manual_seed(seed)
+    total = 60 * args.minutes if args.minutes else 3600 * args.hours
+    last, saved = time.monotonic(), training.spent
+    while training.spent < total and not stopping:
+        batch = next(stream)
+        losses = training.step(batch, generator, training.spent / total)
+        now = time.monotonic()
+        training.spent, last = training.spent + now - last, now
+        if row := log.add(training.number, training.spent / 3600, len(batch.references), *losses):
+            print(f"{100 * training.spent / total:5.1f} %  {row}", flush=True)
+        if training.spent - saved > args.save_every:
+            training.save(checkpoint)
+            training.write(args.run / "latest.safetensors", batch=args.batch, seed=args.seed)
+            saved, last = training.spent, time.monotonic()
+    training.save(checkpoint)
+
+
+def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m topi_demo.train", description=__doc__.splitlines()[0])
     parser.add_argument("--hours", type=float, default=2.0, help="training time, interruptions not counted")
     parser.add_argument("--minutes", type=float, help="the same in minutes")
@@ -315,122 +429,39 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="checkpoint and log")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the matrix products")
+    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="checkpoint, log and latest weights")
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--init", type=Path, help="weight file to go on from, where there is no checkpoint")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the matrix products")
     parser.add_argument("--workers", type=int, default=0, help="processes that draw; 0 draws between the steps")
     parser.add_argument("--repeat", type=int, default=1, help="steps, each with new noise, that every batch serves for")
+    parser.add_argument("--init", type=Path, help="weight file to go on from, where there is no checkpoint")
     parser.add_argument("--save-every", type=float, default=180, metavar="SECONDS", help="between two checkpoints")
-    parser.add_argument("--pieces", type=int, metavar="MIB", help="write the weights in pieces of at most as much")
+    parser.add_argument("--pieces", type=int, metavar="MIB", help="write the weights in pieces of at most as much, too")
     parser.add_argument("--finish", action="store_true", help="write the averaged weights of the checkpoint and stop")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = options().parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-
-    model, words = new_model().to(args.device), text.TextEncoder(device=args.device)
-    nn.init.normal_(words.word.weight, std=0.5)
-    nn.init.normal_(words.place.weight, std=0.3)
-    if args.init:
-        restore(model, words, load_file(args.init))
-    hint = Hint(model).to(args.device)
-    optims = optimizers(model, words, hint, args.lr)
-    average = Average([model, words], 0.998)
+    training, stopping = Training(args.init, args.lr, args.device, args.dtype), []
     args.run.mkdir(parents=True, exist_ok=True)
-    checkpoint, log = args.run / "checkpoint.pt", args.run / "train.jsonl"
-    step, spent = 0, 0.0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=args.device, weights_only=True)
-        step, spent = state["step"], state["spent"]
-        model.load_state_dict(state["model"])
-        words.load_state_dict(state["words"])
-        hint.load_state_dict(state["hint"])
-        average.mean = state["mean"]
-        for optim, kept in zip(optims, state["optims"], strict=True):
-            optim.load_state_dict(kept)
-        print(f"resumed at step {step}, {spent / 3600:.2f} h", flush=True)
-
-    def save() -> None:
-        state = {"step": step, "spent": spent, "mean": average.mean, "optims": [o.state_dict() for o in optims]}
-        state |= {"model": model.state_dict(), "words": words.state_dict(), "hint": hint.state_dict()}
-        partial = checkpoint.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(checkpoint)
-
-    def write(path: Path) -> None:
-        average.swap()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        metadata = {"step": str(step), "hours": f"{spent / 3600:.2f}", "batch": str(args.batch), "lr": str(args.lr),
-                    "seed": str(args.seed), "rank": str(RANK), "architecture": json.dumps(ARCHITECTURE)}  # fmt: skip
-        save_file(storable(model, words), path, metadata)
-        average.swap()
-
-    def finish() -> None:
-        write(args.out)
-        if args.pieces:
-            cut(args.out, args.pieces << 20)
-
-    if args.finish:
-        return finish()
-
-    if log.exists():  # what came after the checkpoint is done again
-        rows = log.read_text().splitlines()
-        log.write_text("".join(row + "\n" for row in rows if json.loads(row)["step"] <= step))
-
-    # a resumed run continues with a stream of its own; repeating the first one's scenes would teach nothing new
-    stream = drawn(args.seed * 1_000_003 + step, args.batch, args.workers, args.repeat)
-    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-    total, recent, hints, last = 60 * args.minutes if args.minutes else 3600 * args.hours, [], [], time.monotonic()
-    saved = spent
-    stopping: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: stopping.append(number))
-    while spent < total and not stopping:
-        for optim in optims:
-            for group in optim.param_groups:
-                group["lr"] = args.lr * rate(spent / total)
-        batch = next(stream).to(args.device)
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            loss = loss_of(model, words, batch, generator)
-        hinted = hint.loss(batch) if batch.references else torch.zeros(())
-        (loss + HINT_WEIGHT * hinted).backward()
-        nn.utils.clip_grad_norm_(average.live, 1.0)
-        for optim in optims:
-            optim.step()
-            optim.zero_grad()
-        average.update(step)
-        step += 1
-        now = time.monotonic()
-        spent, last = spent + now - last, now
-        recent.append((len(batch.references), loss.item()))
-        hints.append(hinted.item())
-        if not math.isfinite(recent[-1][1]):
-            raise RuntimeError(f"the loss is not finite at step {step}")
-        if step % 50 == 0:
-            by_kind = {n: [v for k, v in recent if k == n] for n in (0, 1, 2, 3)}
-            row = {
-                "step": step,
-                "hours": round(spent / 3600, 4),
-                "loss": round(sum(v for _, v in recent) / len(recent), 5),
-            }
-            row |= {f"loss_{n}_references": round(sum(v) / len(v), 5) for n, v in by_kind.items() if v}
-            row["hint"] = round(sum(hints) / len(hints), 4)
-            with log.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(f"{100 * spent / total:5.1f} %  {row}", flush=True)
-            recent, hints = [], []
-        if spent - saved > args.save_every:
-            save()
-            write(args.run / "latest.safetensors")
-            saved = spent
-            last = time.monotonic()
-    save()
+    if (args.run / CHECKPOINT).exists():
+        training.load(args.run / CHECKPOINT)
+        print(f"resumed at step {training.number}, {training.spent / 3600:.2f} h", flush=True)
+    if not args.finish:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, frame: stopping.append(number))
+        train(training, args, stopping)
     if stopping:
-        print(f"stopped at step {step}; the same command goes on from there", flush=True)
-    else:
-        finish()
+        print(f"stopped at step {training.number}; the same command goes on from there", flush=True)
+        return
+    training.write(args.out, batch=args.batch, seed=args.seed)
+    if args.pieces:
+        cut(args.out, args.pieces << 20)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,34 @@ def test_older_weights_are_taken_up(monkeypatch):
     assert all(torch.equal(stored[k], v) for k, v in tensors.items() if k != name)
 
 
+def test_a_resumed_run_goes_on_where_it_stopped(monkeypatch, tmp_path):
+    monkeypatch.setattr(comfy.model_management, "in_training", False)
+    batches = list(itertools.islice(train.batches(0, 2), 2))
+    first, again = (train.Training(WEIGHTS, 1e-3, "cpu", "float32") for _ in range(2))
+    first.step(batches[0], torch.Generator().manual_seed(0), 0.5)
+    first.save(tmp_path / "checkpoint")
+    again.load(tmp_path / "checkpoint")
+    losses = [t.step(batches[1], torch.Generator().manual_seed(1), 0.6) for t in (first, again)]
+    assert losses[0] == losses[1]
+    for t, name in ((first, "one"), (again, "two")):
+        t.write(tmp_path / name, seed=0)
+    one, two = (load_file(tmp_path / name) for name in ("one", "two"))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    assert one.keys() == load_file(WEIGHTS).keys()
+
+
+def test_the_log_drops_what_is_done_again(tmp_path):
+    file = tmp_path / "log"
+    log = train.Log(file, 0)
+    rows = [log.add(step, 0.1, step % 2, float(step % 2), 0.0) for step in range(1, 151)]
+    assert [row["step"] for row in rows if row] == [50, 100, 150]
+    assert rows[49]["loss"] == 0.5 and rows[49]["loss_1_references"] == 1.0
+    train.Log(file, 120)
+    assert len(file.read_text().splitlines()) == 2
+    with pytest.raises(RuntimeError, match="not finite at step 3"):
+        log.add(3, 0.1, 0, float("nan"), 0.0)
+
+
 @pytest.mark.parametrize("size", [7, 10, 100])
 def test_pieces_join(tmp_path, size):
     file = tmp_path / "weights"
