@@ -277,7 +277,7 @@ def _axes(image: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _snow(scenes: list[Scene], edit: Edit, rng: random.Random) -> After:
-    flakes = Specks(rng.randint(30, 60), rng.getrandbits(40), 0.008, 0.022)
+    flakes = Specks(rng.randint(40, 80), rng.getrandbits(40), 0.008, 0.028)
 
     def snowed(image: Tensor) -> Tensor:
         cover = 0.95 * specks(flakes, *_axes(image), image.shape[-1])
@@ -299,7 +299,7 @@ def _starry(scenes: list[Scene], edit: Edit, rng: random.Random) -> After:
 def _fog(scenes: list[Scene], edit: Edit, rng: random.Random) -> After:
     banks = Texture("clouds", rng.getrandbits(40), 0.5, 0.0)
     return lambda image: torch.lerp(
-        image, torch.tensor(0.86), 0.4 + 0.7 * relief(banks, *_axes(image)).clamp(-0.5, 0.5)
+        image, torch.tensor(0.86), 0.45 + 0.9 * relief(banks, *_axes(image)).clamp(-0.5, 0.5)
     )
 
 
@@ -313,7 +313,7 @@ def _painted(image: Tensor, strokes: int, seed: int) -> Tensor:
     size = image.shape[-1]
     px, py, turn, tone = torch.rand(4, strokes, generator=torch.Generator().manual_seed(seed))
     columns, rows = ((p * size).long().clamp(max=size - 1) for p in (px, py))
-    colours = image[:, rows, columns] + 0.12 * (tone - 0.5)
+    colours = image[:, rows, columns] + 0.3 * (tone - 0.5)
     cos, sin = torch.cos(math.pi * turn), torch.sin(math.pi * turn)
     x, y = _axes(image)
     along, across = 0.25, 1.0  # a stroke is twice as long as wide

@@ -121,7 +121,7 @@ def random_field(rng: random.Random, scene: Scene, kind: str) -> Scene:
         background=tuple(a + (b - a) * share for a, b in zip(low, high, strict=True)),
         gradient_angle=rng.uniform(0, 2 * math.pi),
         gradient=rng.uniform(0.05, 0.2),
-        texture=random_texture(rng, (kind,), 0.3),
+        texture=random_texture(rng, (kind,), 0.42),
     )
 
 
@@ -150,7 +150,7 @@ def random_scene(rng: random.Random, shapes: Sequence[str] = ()) -> Scene:
     ground = rng.random()
     if ground < 0.3:
         return random_field(rng, scene, rng.choice(list(FIELDS)))
-    return replace(scene, texture=random_texture(rng, SURFACES, 0.2)) if ground < 0.8 else scene
+    return replace(scene, texture=random_texture(rng, SURFACES, 0.26)) if ground < 0.8 else scene
 
 
 def _flat_scene(rng: random.Random, shapes: Sequence[str]) -> Scene:
