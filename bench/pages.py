@@ -16,7 +16,7 @@ from statistics import fmean
 from topi_demo import demo, evaluate
 from topi_demo.provenance import read
 
-from . import fidelity, speed
+from . import fidelity, nearness, speed
 from .scenarios import CORE, README, Scenario
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,6 +63,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/demo_model.md": {
         "quality": lambda: _quality(0),
+        "nearness": lambda: nearness.markdown(_rows("nearness")),
         "attention": lambda: _quality(1),
         "demo": lambda: demo.table(_rows("demo")),
     },

@@ -31,15 +31,21 @@ RESULTS = "bench/results/calibration.jsonl"
 
 
 def listen(nodes: dict[str, type], group: str, count: int, seed: int, steps: int) -> Calibration:
-    """The calibration of about `count` pairs of one group of edits, spread over its kinds: at least one of each."""
+    """The calibration of `count` pairs of one group of edits, spread over its kinds."""
     model, clip, vae = nodes["ToPiDemoModel"].execute().result
     model, calibrating = nodes["ToPiCalibrate"].execute(model, TOP_M).result
     kinds = [kind for kind, (of, _) in edits.GRAMMAR.items() if of == group]
     with torch.inference_mode():
-        for kind in kinds:
-            edit((model, clip, vae), held_out(kind, max(1, count // len(kinds)), "calibration"), seed, steps)
+        for kind, some in zip(kinds, spread(count, len(kinds)), strict=True):
+            if some:
+                edit((model, clip, vae), held_out(kind, some, "calibration"), seed, steps)
     rows = [row for run in calibrating.trace.runs for row in run.calibration().rows()]
     return Calibration.of(calibrating.model.depth, rows)
+
+
+def spread(count: int, over: int) -> list[int]:
+    """As even as whole numbers can be, the larger ones first."""
+    return [count // over + (i < count % over) for i in range(over)]
 
 
 def calibrate(pairs: int, seed: int, steps: int) -> tuple[Profile, dict[str, Calibration]]:
@@ -48,9 +54,9 @@ def calibrate(pairs: int, seed: int, steps: int) -> tuple[Profile, dict[str, Cal
 
     nodes, _ = load_pack()
     groups = {}
-    for group in edits.GROUPS:
+    for group, some in zip(edits.GROUPS, spread(pairs, len(edits.GROUPS)), strict=True):
         started = time.monotonic()
-        groups[group] = listen(nodes, group, pairs // len(edits.GROUPS), seed, steps)
+        groups[group] = listen(nodes, group, some, seed, steps)
         print(f"{group:9} {len(groups[group]):3} pairs, {time.monotonic() - started:4.0f} s", flush=True)
     first, *others = groups.values()
     for other in others:

@@ -7,6 +7,7 @@ stored as products of two thin ones (rank 16), which is what keeps the committed
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from safetensors import safe_open
@@ -15,7 +16,7 @@ from torch import Tensor
 from . import codec, text
 
 WEIGHTS = Path(__file__).parent / "weights" / "topi_demo.safetensors"
-SHIFT = 1.5  # of the timesteps, in training and in sampling
+SHIFT = math.exp(1.15)  # of the timesteps, in training and in sampling; FLUX.1's at 1024 pixels
 
 ARCHITECTURE = dict(
     in_channels=codec.CHANNELS,

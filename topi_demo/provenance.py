@@ -16,11 +16,11 @@ from .model import WEIGHTS
 from .runtime import VERSION
 
 
-def setting() -> dict:
+def setting(weights: Path = WEIGHTS) -> dict:
     """Commit ("+" where files were changed), weights, hardware and versions, as plain values."""
     return {
         "commit": _commit(),
-        "weights": hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()[:16],
+        "weights": hashlib.sha256(weights.read_bytes()).hexdigest()[:16],
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "cpu": f"{os.cpu_count()} cores, {_processor()}",
         "versions": {"comfyui": VERSION, "torch": torch.__version__, "python": platform.python_version()},

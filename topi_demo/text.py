@@ -11,18 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from .edits import GRAMMAR, SLOTS
+from .scenes import SURFACES
 
 LENGTH = 18
 WIDTH = 128
 
-_EXTRA = ("a", "an", "and", "on", "striped", "background")
-VOCABULARY: tuple[str, ...] = tuple(
-    sorted(
-        {word for _, sentence in GRAMMAR.values() for word in re.sub(r"\{\w+\}", "", sentence).split()}
-        | {word for words in SLOTS.values() for word in words}
-        | set(_EXTRA)
-    )
+_EXTRA = ("a", "an", "and", "on", "striped", "background", *SURFACES)
+_WORDS = (
+    {word for _, sentence in GRAMMAR.values() for word in re.sub(r"\{\w+\}", "", sentence).split()}
+    | {word for words in SLOTS.values() for word in words}
+    | set(_EXTRA)
 )
+# Words that came after the first weights stand last, so that the others keep the rows that they have there.
+_LATER = (
+    *("add", "cloudy", "clouds", "foggy", "front", "grainy", "grass", "ground", "out", "painting"),
+    *("snow", "something", "somewhere", "spotted", "starry", "waves", "woven"),
+)
+VOCABULARY: tuple[str, ...] = (*sorted(_WORDS.difference(_LATER)), *_LATER)
 _INDEX = {word: i + 1 for i, word in enumerate(VOCABULARY)}  # 0 is the padding
 
 

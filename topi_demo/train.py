@@ -18,11 +18,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from . import codec, edits, text
 from .model import ARCHITECTURE, SHIFT, TEXT_ENCODER, WEIGHTS
@@ -31,26 +33,36 @@ from .scenes import SHAPES, coverage, draw, random_scene
 
 # Share of the batches by what they hold: (references, side in pixels, batch relative to the 128 pixel one) -> weight.
 BATCHES = {
-    (0, 128, 1.0): 0.09,
-    (1, 128, 1.0): 0.68,
-    (2, 128, 0.65): 0.06,
-    (3, 128, 0.45): 0.13,
-    (0, 256, 0.25): 0.01,
-    (1, 256, 0.20): 0.03,
+    (0, 128, 1.3): 0.16,
+    (1, 128, 1.0): 0.58,
+    (2, 128, 0.65): 0.10,
+    (3, 128, 0.45): 0.09,
+    (0, 256, 0.30): 0.02,
+    (1, 256, 0.20): 0.04,
+    (2, 256, 0.13): 0.01,
 }
-# Share of the one-reference edits.
+# Share of the edits by how many references they have.
 KINDS = {
-    "recolour": 15, "remove": 10, "replace": 11, "move": 14, "background": 8, "night": 5, "invert": 8,
-    "blur": 6, "shift": 7, "zoom": 14, "winter": 4, "autumn": 4, "keep": 3,
+    1: {
+        "recolour": 10, "remove": 7, "replace": 8, "move": 9, "background": 6, "night": 3, "invert": 4,
+        "blur": 3, "shift": 4, "zoom": 7, "winter": 2, "autumn": 2, "keep": 2,
+        "add": 9, "something": 7, "front": 8, "snow": 6, "stars": 6, "fog": 6, "zoom out": 8, "painting": 7,
+    },
+    2: {"put": 5, "put ground": 4, "somewhere": 4},
+    3: {"put two": 5, "put both": 3, "two somewhere": 3},
 }  # fmt: skip
-LOCAL_WEIGHT = 8.0  # how much more a latent cell counts where a local edit changes it
-DROP_TEXT = 0.05
+# How much more a latent cell counts where a local edit changes it. It makes the changed cells likelier than they are,
+# which is harmless only where there is one right answer.
+LOCAL_WEIGHT, OPEN_WEIGHT = 5.0, 2.0
+DROP_TEXT = 0.1
 HINT_LAYER = 2  # the single block whose output the head reads
 HINT_WEIGHT = 0.1
 RANK = 16  # of the modulation matrices
 COVERED = 0.3  # a token is of a shape that covers as much of it
 # Which object an edit means is decided while the picture is still noise: later, the noisy target itself shows it.
-EARLY_SHARE, EARLY = 0.4, 0.7  # so this share of the edits is seen at times from here to 1
+EARLY_SHARE, EARLY = 0.25, 0.7  # so this share of the edits is seen at times from here to 1
+
+CHECKPOINT = "checkpoint.pt"
 
 
 @dataclass(frozen=True)
@@ -78,18 +90,19 @@ class Batch:
 def batches(seed: int, size: int) -> Iterator[Batch]:
     """An endless stream; the same seed gives the same stream."""
     rng = random.Random(seed)
-    kinds, kind_weights = list(KINDS), list(KINDS.values())
     while True:
         references, side, relative = rng.choices(list(BATCHES), list(BATCHES.values()))[0]
-        rows, images, sentences, hints = max(2, round(size * relative)), [], [], []
+        rows, images, sentences, hints, weights = max(2, round(size * relative)), [], [], [], []
         for _ in range(rows):
             if references == 0:
                 scene = random_scene(rng)
                 images.append((draw(scene, side),))
                 sentences.append(edits.caption(scene))
                 hints.append(torch.zeros(2, 0, dtype=torch.long))
+                weights.append(1.0)
                 continue
-            kind = {1: rng.choices(kinds, kind_weights)[0], 2: "put", 3: "put two"}[references]
+            kind = rng.choices(list(KINDS[references]), list(KINDS[references].values()))[0]
+            weights.append(OPEN_WEIGHT if edits.GRAMMAR[kind][0] == edits.OPEN else LOCAL_WEIGHT)
             example = edits.example(rng, edits.random_edit(rng, kind), side)
             images.append((example.expected, *example.references))
             sentences.append(str(example.edit) if rng.random() > DROP_TEXT else "")
@@ -97,7 +110,7 @@ def batches(seed: int, size: int) -> Iterator[Batch]:
         tokens = torch.tensor([text.tokenize(s) for s in sentences])
         target, *refs = (codec.encode(torch.stack(column)) for column in zip(*images, strict=True))
         shapes, named = torch.stack(hints, 1)
-        yield Batch(target, tuple(refs), tokens, _cell_weight(target, refs), shapes, named)
+        yield Batch(target, tuple(refs), tokens, _cell_weight(target, refs, torch.tensor(weights)), shapes, named)
 
 
 def _hints(example: edits.Example, grid: int, told: bool) -> Tensor:
@@ -107,7 +120,9 @@ def _hints(example: edits.Example, grid: int, told: bool) -> Tensor:
     asked = dict(zip(donors or [first], (words.get("shape"), words.get("other")), strict=False))
     hints = []
     for number, scene in enumerate(example.scenes):
-        covers = torch.stack([torch.full((grid, grid), COVERED), *(coverage(o, grid) for o in scene.objects)])
+        covers = torch.stack(
+            [torch.full((grid, grid), COVERED), *(coverage(o, grid, scene.zoom) for o in scene.objects)]
+        )
         shape = torch.tensor([0, *(1 + SHAPES.index(o.shape) for o in scene.objects)])[covers.argmax(0)]
         wanted = 1 + SHAPES.index(asked[number]) if asked.get(number) else -1
         named = (shape == wanted).long() if told and "shape" in words else torch.full_like(shape, -1)
@@ -115,12 +130,12 @@ def _hints(example: edits.Example, grid: int, told: bool) -> Tensor:
     return torch.cat(hints, 1)
 
 
-def _cell_weight(target: Tensor, references: list[Tensor]) -> Tensor:
+def _cell_weight(target: Tensor, references: list[Tensor], changed_weight: Tensor) -> Tensor:
     if not references:
         return torch.ones_like(target[:, :1])
     changed = ((target - references[0]).abs().amax(1, keepdim=True) > 0.05).float()
     local = (changed.mean((1, 2, 3), keepdim=True) < 0.5).float()
-    weight = 1 + (LOCAL_WEIGHT - 1) * changed * local
+    weight = 1 + (changed_weight[:, None, None, None] - 1) * changed * local
     return weight / weight.mean((1, 2, 3), keepdim=True)
 
 
@@ -180,9 +195,11 @@ def storable(model: nn.Module, words: text.TextEncoder) -> dict[str, Tensor]:
 
 
 def restore(model: nn.Module, words: text.TextEncoder, tensors: dict[str, Tensor]) -> None:
-    """Puts what `storable` gave back into a trainable model and its text encoder."""
+    """Puts what `storable` gave back into a trainable model and its text encoder; words it lacks stay as they are."""
     model.load_state_dict({k: v for k, v in tensors.items() if not k.startswith(TEXT_ENCODER)})
-    words.load_state_dict({k.removeprefix(TEXT_ENCODER): v for k, v in tensors.items() if k.startswith(TEXT_ENCODER)})
+    kept = {k.removeprefix(TEXT_ENCODER): v for k, v in tensors.items() if k.startswith(TEXT_ENCODER)}
+    known, fresh = kept["word.weight"], words.word.weight.detach()
+    words.load_state_dict(kept | {"word.weight": torch.cat((known.to(fresh), fresh[len(known) :]))})
 
 
 class Hint(nn.Module):
@@ -259,6 +276,33 @@ class Average:
             mean.copy_(kept)
 
 
+def drawn(seed: int, size: int, workers: int, repeat: int) -> Iterator[Batch]:
+    """`batches`, drawn by other processes where there are some; each batch `repeat` times in a row."""
+    stream = batches(seed, size) if not workers else iter(DataLoader(_Drawing(seed, size), None, num_workers=workers))
+    for batch in stream:
+        for _ in range(repeat):
+            yield batch
+
+
+class _Drawing(IterableDataset):
+    """Of every process, a stream of its own."""
+
+    def __init__(self, seed: int, size: int):
+        self.seed, self.size = seed, size
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield from batches(self.seed + 104_729 * get_worker_info().id, self.size)
+
+
+def cut(path: Path, size: int) -> list[Path]:
+    """Writes the file again in numbered pieces of at most `size` bytes; `cat FILE.? > FILE` joins them."""
+    data = path.read_bytes()
+    pieces = [path.with_name(f"{path.name}.{i}") for i in range(-(-len(data) // size))]
+    for i, piece in enumerate(pieces):
+        piece.write_bytes(data[i * size : (i + 1) * size])
+    return pieces
+
+
 def rate(done: float, warm: float = 0.01, flat: float = 0.45) -> float:
     """Learning rate over the share of training done: warm-up, plateau, linear to nothing."""
     if done < warm:
@@ -266,116 +310,158 @@ def rate(done: float, warm: float = 0.01, flat: float = 0.45) -> float:
     return 1.0 if done < flat else max(0.0, (1 - done) / (1 - flat))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m topi_demo.train", description=__doc__.splitlines()[0])
-    parser.add_argument("--hours", type=float, default=2.0, help="training time, interruptions not counted")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="checkpoint and log")
-    parser.add_argument("--out", type=Path, default=WEIGHTS)
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--init", type=Path, help="weight file to go on from, where there is no checkpoint")
-    parser.add_argument("--finish", action="store_true", help="write the averaged weights of the checkpoint and stop")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
+class Training:
+    """All that a checkpoint holds, and what is done with it."""
 
-    model, words = new_model().to(args.device), text.TextEncoder(device=args.device)
-    nn.init.normal_(words.word.weight, std=0.5)
-    nn.init.normal_(words.place.weight, std=0.3)
-    if args.init:
-        restore(model, words, load_file(args.init))
-    hint = Hint(model).to(args.device)
-    optims = optimizers(model, words, hint, args.lr)
-    average = Average([model, words], 0.998)
-    args.run.mkdir(parents=True, exist_ok=True)
-    checkpoint, log = args.run / "checkpoint.pt", args.run / "train.jsonl"
-    step, spent = 0, 0.0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=args.device, weights_only=True)
-        step, spent = state["step"], state["spent"]
-        model.load_state_dict(state["model"])
-        words.load_state_dict(state["words"])
-        hint.load_state_dict(state["hint"])
-        average.mean = state["mean"]
-        for optim, kept in zip(optims, state["optims"], strict=True):
+    def __init__(self, init: Path | None, lr: float, device: str, dtype: str):
+        self.model, self.words = new_model().to(device), text.TextEncoder(device=device)
+        nn.init.normal_(self.words.word.weight, std=0.5)
+        nn.init.normal_(self.words.place.weight, std=0.3)
+        if init:
+            restore(self.model, self.words, load_file(init))
+        self.hint = Hint(self.model).to(device)
+        self.optims = optimizers(self.model, self.words, self.hint, lr)
+        self.average = Average([self.model, self.words], 0.998)
+        self.lr, self.device, self.dtype = lr, device, dtype
+        self.number, self.spent = 0, 0.0  # steps and seconds so far
+
+    def load(self, checkpoint: Path) -> None:
+        state = torch.load(checkpoint, map_location=self.device, weights_only=True)
+        self.number, self.spent, self.average.mean = state["step"], state["spent"], state["mean"]
+        for name in ("model", "words", "hint"):
+            getattr(self, name).load_state_dict(state[name])
+        for optim, kept in zip(self.optims, state["optims"], strict=True):
             optim.load_state_dict(kept)
-        print(f"resumed at step {step}, {spent / 3600:.2f} h", flush=True)
 
-    def save() -> None:
-        state = {"step": step, "spent": spent, "mean": average.mean, "optims": [o.state_dict() for o in optims]}
-        state |= {"model": model.state_dict(), "words": words.state_dict(), "hint": hint.state_dict()}
+    def save(self, checkpoint: Path) -> None:
+        state = {"step": self.number, "spent": self.spent, "mean": self.average.mean}
+        state |= {name: getattr(self, name).state_dict() for name in ("model", "words", "hint")}
+        state["optims"] = [optim.state_dict() for optim in self.optims]
         partial = checkpoint.with_suffix(".partial")
         torch.save(state, partial)
         partial.replace(checkpoint)
 
-    def write() -> None:
-        average.swap()
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        metadata = {"step": str(step), "hours": f"{spent / 3600:.2f}", "batch": str(args.batch), "lr": str(args.lr),
-                    "seed": str(args.seed), "rank": str(RANK), "architecture": json.dumps(ARCHITECTURE)}  # fmt: skip
-        save_file(storable(model, words), args.out, metadata)
-        average.swap()
+    def write(self, path: Path, **settings: object) -> None:
+        """The averaged weights as the weight file holds them; settings go into its metadata."""
+        metadata = {"step": self.number, "hours": f"{self.spent / 3600:.2f}", **settings, "rank": RANK}
+        metadata |= {"lr": self.lr, "architecture": json.dumps(ARCHITECTURE)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.average.swap()
+        save_file(storable(self.model, self.words), path, {k: str(v) for k, v in metadata.items()})
+        self.average.swap()
 
-    if args.finish:
-        return write()
-
-    if log.exists():  # what came after the checkpoint is done again
-        rows = log.read_text().splitlines()
-        log.write_text("".join(row + "\n" for row in rows if json.loads(row)["step"] <= step))
-
-    # a resumed run continues with a stream of its own; repeating the first one's scenes would teach nothing new
-    stream = batches(args.seed * 1_000_003 + step, args.batch)
-    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-    total, recent, hints, last = args.hours * 3600, [], [], time.monotonic()
-    stopping: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: stopping.append(number))
-    while spent < total and not stopping:
-        for optim in optims:
+    def step(self, batch: Batch, generator: torch.Generator, done: float) -> tuple[float, float]:
+        """One step at the share `done` of the training; the loss and the hint's."""
+        for optim in self.optims:
             for group in optim.param_groups:
-                group["lr"] = args.lr * rate(spent / total)
-        batch = next(stream).to(args.device)
-        with torch.autocast(args.device, torch.bfloat16):
-            loss = loss_of(model, words, batch, generator)
-        hinted = hint.loss(batch) if batch.references else torch.zeros(())
+                group["lr"] = self.lr * rate(done)
+        batch = batch.to(self.device)
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == "bfloat16"):
+            loss = loss_of(self.model, self.words, batch, generator)
+        hinted = self.hint.loss(batch) if batch.references else torch.zeros(())
         (loss + HINT_WEIGHT * hinted).backward()
-        nn.utils.clip_grad_norm_(average.live, 1.0)
-        for optim in optims:
+        nn.utils.clip_grad_norm_(self.average.live, 1.0)
+        for optim in self.optims:
             optim.step()
             optim.zero_grad()
-        average.update(step)
-        step += 1
-        now = time.monotonic()
-        spent, last = spent + now - last, now
-        recent.append((len(batch.references), loss.item()))
-        hints.append(hinted.item())
-        if not math.isfinite(recent[-1][1]):
+        self.average.update(self.number)
+        self.number += 1
+        return loss.item(), hinted.item()
+
+
+class Log:
+    """Losses as JSON lines, a line for every `EVERY` steps: their means, over all and by the number of references."""
+
+    EVERY = 50
+
+    def __init__(self, path: Path, step: int):
+        self.path, self.losses, self.hints = path, [], []
+        if path.exists():  # what came after the checkpoint is done again
+            rows = path.read_text().splitlines()
+            path.write_text("".join(row + "\n" for row in rows if json.loads(row)["step"] <= step))
+
+    def add(self, step: int, hours: float, references: int, loss: float, hint: float) -> dict | None:
+        """Takes up one step; the row, where one is full."""
+        if not math.isfinite(loss):
             raise RuntimeError(f"the loss is not finite at step {step}")
-        if step % 50 == 0:
-            by_kind = {n: [v for k, v in recent if k == n] for n in (0, 1, 2, 3)}
-            row = {
-                "step": step,
-                "hours": round(spent / 3600, 4),
-                "loss": round(sum(v for _, v in recent) / len(recent), 5),
-            }
-            row |= {f"loss_{n}_references": round(sum(v) / len(v), 5) for n, v in by_kind.items() if v}
-            row["hint"] = round(sum(hints) / len(hints), 4)
-            with log.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(f"{100 * spent / total:5.1f} %  {row}", flush=True)
-            recent, hints = [], []
-        if step % 250 == 0:
-            save()
-            last = time.monotonic()
-    save()
+        self.losses.append((references, loss))
+        self.hints.append(hint)
+        if step % self.EVERY:
+            return None
+        row = {"step": step, "hours": round(hours, 4), "loss": round(fmean(v for _, v in self.losses), 5)}
+        for n in sorted({n for n, _ in self.losses}):
+            row[f"loss_{n}_references"] = round(fmean(v for k, v in self.losses if k == n), 5)
+        row["hint"] = round(fmean(self.hints), 4)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self.losses, self.hints = [], []
+        return row
+
+
+def train(training: Training, args: argparse.Namespace, stopping: list) -> None:
+    """Until the time is up, or until there is something in `stopping`; keeps checkpoints on the way."""
+    log, checkpoint = Log(args.run / "train.jsonl", training.number), args.run / CHECKPOINT
+    # a resumed run continues with a stream of its own; repeating the first one's scenes would teach nothing new
+    seed = args.seed * 1_000_003 + training.number
+    stream = drawn(seed, args.batch, args.workers, args.repeat)
+    generator = torch.Generator().manual_seed(seed)
+    total = 60 * args.minutes if args.minutes else 3600 * args.hours
+    last, saved = time.monotonic(), training.spent
+    while training.spent < total and not stopping:
+        batch = next(stream)
+        losses = training.step(batch, generator, training.spent / total)
+        now = time.monotonic()
+        training.spent, last = training.spent + now - last, now
+        if row := log.add(training.number, training.spent / 3600, len(batch.references), *losses):
+            print(f"{100 * training.spent / total:5.1f} %  {row}", flush=True)
+        if training.spent - saved > args.save_every:
+            training.save(checkpoint)
+            training.write(args.run / "latest.safetensors", batch=args.batch, seed=args.seed)
+            saved, last = training.spent, time.monotonic()
+    training.save(checkpoint)
+
+
+def options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m topi_demo.train", description=__doc__.splitlines()[0])
+    parser.add_argument("--hours", type=float, default=2.0, help="training time, interruptions not counted")
+    parser.add_argument("--minutes", type=float, help="the same in minutes")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the matrix products")
+    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="checkpoint, log and latest weights")
+    parser.add_argument("--out", type=Path, default=WEIGHTS)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw; 0 draws between the steps")
+    parser.add_argument("--repeat", type=int, default=1, help="steps, each with new noise, that every batch serves for")
+    parser.add_argument("--init", type=Path, help="weight file to go on from, where there is no checkpoint")
+    parser.add_argument("--save-every", type=float, default=180, metavar="SECONDS", help="between two checkpoints")
+    parser.add_argument("--pieces", type=int, metavar="MIB", help="write the weights in pieces of at most as much, too")
+    parser.add_argument("--finish", action="store_true", help="write the averaged weights of the checkpoint and stop")
+    return parser
+
+
+def main() -> None:
+    args = options().parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    training, stopping = Training(args.init, args.lr, args.device, args.dtype), []
+    args.run.mkdir(parents=True, exist_ok=True)
+    if (args.run / CHECKPOINT).exists():
+        training.load(args.run / CHECKPOINT)
+        print(f"resumed at step {training.number}, {training.spent / 3600:.2f} h", flush=True)
+    if not args.finish:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, frame: stopping.append(number))
+        train(training, args, stopping)
     if stopping:
-        print(f"stopped at step {step}; the same command goes on from there", flush=True)
-    else:
-        write()
+        print(f"stopped at step {training.number}; the same command goes on from there", flush=True)
+        return
+    training.write(args.out, batch=args.batch, seed=args.seed)
+    if args.pieces:
+        cut(args.out, args.pieces << 20)
 
 
 if __name__ == "__main__":

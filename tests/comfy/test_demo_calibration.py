@@ -1,7 +1,7 @@
 """The shipped profile of the demo model: made from its weights, and found again on a few pairs."""
 
 from topi_core.calibration import Calibration
-from topi_demo.calibrate import chart, listen, row, shipped
+from topi_demo.calibrate import chart, listen, row, shipped, spread
 from topi_demo.provenance import setting
 
 
@@ -20,6 +20,11 @@ def test_a_few_pairs_find_the_leading_layers(comfyui):
     assert len(few) == 8
     assert set(shipped().calibration.top(2)) <= set(few.top(3))
     assert set(few.top(2)) <= set(shipped().layers)
+
+
+def test_spread():
+    assert spread(48, 7) == [7, 7, 7, 7, 7, 7, 6]
+    assert spread(2, 4) == [1, 1, 0, 0]
 
 
 def test_figures_and_chart():
