@@ -1,0 +1,28 @@
+"""Puts savings of a benchmark on a model as ToPi Patch puts its own: same engine, same record, same cost model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+
+def attached(nodes: dict[str, type], model, make: Callable[..., Sequence], **settings: Any) -> tuple:
+    """The model with other savings than ToPi's, and its trace -> (model, trace).
+
+    make: (run, references, network, seed), as `nodes.engine.attach.Patch.savings` -> savings. settings: fields of
+    `topi_core.config.Settings`; with the anchors of its `mode` unless they say otherwise.
+    """
+    node = sys.modules[nodes["ToPiPatch"].__module__]
+    core = node.__package__.rpartition(".")[0] + ".topi_core"
+    config, trace = (import_module(f"{core}.{name}") for name in ("config", "trace"))
+    network, chosen = model.get_model_object("diffusion_model"), config.Settings(**settings)
+    family, record = node.family_of(network), trace.Trace()
+
+    class Patch(node.Patch):
+        def savings(self, *run):
+            return list(make(*run))
+
+    known = node.model_of(family, network, chosen.layers)
+    return node.attach(model, Patch(family, known, chosen, record)), record
