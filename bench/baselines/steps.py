@@ -345,7 +345,8 @@ def regione(
 def flux_kv_cache(nodes, model) -> tuple:
     """ComfyUI's FluxKVCache: ToPi's own Reuse with the first step as its only anchor.
 
-    The references' keys and values are those of that step, without a forecast, and the text is computed.
+    The references' keys and values are those of that step, without a forecast, and the text is computed. That node also
+    changes the model's reference method to "index_timestep_zero"; here the method is the conditioning's.
     """
     key_heads = _family(nodes, model).key_heads
 
