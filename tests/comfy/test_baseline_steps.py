@@ -135,7 +135,8 @@ def test_decay_by_hand():
 
 
 def test_regione_shrinks_the_last_computed_velocity():
-    sigmas, last = [], []
+    """Of 10 steps the first two and the last two are computed, and those between them by the ratios of norms."""
+    sigmas, last, factors = [], [], {}
 
     def answer(step, sigma, run):
         sigmas.append(sigma)
@@ -145,12 +146,11 @@ def test_regione_shrinks_the_last_computed_velocity():
         return last[0]
 
     positive, start = conditioning(FLUX1, [latent(FLUX1)]), empty(FLUX1)
-    gammas = [1.08] * 4 + [1.1, 1.2, 1.15] + [1.0] * 2
-    factors = {}
     sample(by_hand(shared(FLUX1), answer), positive, latent=start, steps=STEPS)
+    ratios = [0.99, 1.02, 0.97, 0.96, 0.9, 1.05, 0.95, 0.99, 0.99]  # of steps 1 to 9
+    gammas = [ratio / (1 + b - a) for ratio, a, b in zip(ratios, sigmas, sigmas[1:], strict=False)]
     factors = decay([*sigmas, 0.0], gammas, 0.1, 2, 2)
-    print(sigmas, factors)
-    assert 2 <= len(factors) < 6
+    assert list(factors) == [3, 4, 7]
     model, trace = on("regione", shared(FLUX1), steps=STEPS, gammas=gammas, delta=0.1)
     image = sample(model, positive, latent=start, steps=STEPS)
     assert torch.equal(image, sample(by_hand(shared(FLUX1), answer), positive, latent=start, steps=STEPS))
