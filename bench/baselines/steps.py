@@ -105,19 +105,24 @@ def lagrange(at: Sequence[float], sigma: float) -> list[float]:
 # RegionE
 
 
-def decay(sigmas: Sequence[float], gammas: Sequence[float], delta: float, first: int, last: int) -> dict[int, float]:
+def decay(
+    sigmas: Sequence[float], gammas: Sequence[float], delta: float, first: int, last: int, symmetric: bool = False
+) -> dict[int, float]:
     """RegionE's skipped steps, each with the factor of the velocity there (arXiv 2510.25590).
 
     r_i = gamma_i (1 + sigma_i - sigma_(i-1)), with gamma_i = gammas[i - 1], is the expected ratio of the norms of two
     neighbouring velocities. A step is skipped while the product of r since the last computed one is at most `delta`
     below 1, and never where r_i >= 1, nor among the `first` and the `last` steps. The factor is r_i alone, not the
     product: a second skipped step in a row shrinks the velocity by less than the rule expects, as published.
+
+    symmetric: a step is skipped while the product is within `delta` of 1 on either side. This is not RegionE's; it is
+    for models whose velocities grow, where the published rule computes nearly every step.
     """
     factors, product = {}, 1.0
     for i in range(max(first, 1), len(sigmas) - 1 - last):
         ratio = gammas[i - 1] * (1 + sigmas[i] - sigmas[i - 1])
         product *= ratio
-        if ratio < 1 and 1 - product <= delta:
+        if abs(1 - product) <= delta and (symmetric or ratio < 1):
             factors[i] = ratio
         else:
             product = 1.0
@@ -326,9 +331,17 @@ def teacache(nodes, model, *, steps: int, coefficients: Sequence[float], thresho
 
 
 def regione(
-    nodes, model, *, steps: int, gammas: Sequence[float], delta: float, first: int | None = None, last: int = 2
+    nodes,
+    model,
+    *,
+    steps: int,
+    gammas: Sequence[float],
+    delta: float,
+    first: int | None = None,
+    last: int = 2,
+    symmetric: bool = False,
 ) -> tuple:
-    """RegionE's step rule; the gammas are this model's own, for so many steps (`fit.constants`).
+    """RegionE's step rule (`decay`); the gammas are this model's own, for so many steps (`fit.constants`).
 
     first, last: steps that are always computed, the published 6 and 2 of 28; the first ones shrink with the steps.
     """
@@ -337,7 +350,7 @@ def regione(
     start = round(steps * 6 / 28) if first is None else first
 
     def make(watch: Watch) -> list[Saving]:
-        return [Decayed(decay(watch.sigmas, gammas, delta, start, last), steps)]
+        return [Decayed(decay(watch.sigmas, gammas, delta, start, last, symmetric), steps)]
 
     return watched(nodes, model, steps, make)
 

@@ -132,6 +132,8 @@ def test_decay_by_hand():
     assert list(decay(sigmas, gammas, 0.195, 1, 1)) == [1, 2, 5]
     assert list(decay(sigmas, gammas, 0.2, 2, 2)) == [2, 3]
     assert decay(sigmas, gammas, 0.0, 1, 1) == {}
+    assert list(decay(sigmas, gammas, 0.1, 3, 1, symmetric=True)) == [3, 4, 5]  # 0.99, 1.0692, 1.0585
+    assert list(decay(sigmas, gammas, 0.06, 3, 1, symmetric=True)) == [3, 5]
 
 
 def test_regione_shrinks_the_last_computed_velocity():
