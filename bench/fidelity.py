@@ -1,10 +1,10 @@
-"""How near a run with ToPi comes to the full one, on the demo model: `python -m bench.fidelity`.
+"""How near a cheaper run comes to the full one, on the demo model: `python -m bench.fidelity`.
 
-Held-out edits with fixed seeds, as many of each of the paper's groups; every scenario makes all of them, and each image
-is compared with the full run's and with the one that was asked for. A row of the results is one scenario on one kind of
-edit, written as soon as it is measured: an interrupted benchmark goes on where it stopped. Rows of the same weights
-count as done whatever the code was: after a change of it, delete those that it touches. Speed-ups in here are the cost
-model's (appendix F); `bench.speed` measures them.
+Held-out edits with fixed seeds, in panels of at least `-n` each; every scenario makes all of a panel's, and each image
+is compared with the full run's. A row of the results is one scenario on one kind of edit of a panel, written as soon as
+it is measured: an interrupted benchmark goes on where it stopped. Rows of the same weights count as done whatever the
+code was: after a change of it, delete those that it touches. Speed-ups in here are the cost model's (appendix F);
+`bench.runs` measures them.
 """
 
 from __future__ import annotations
@@ -12,32 +12,27 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from topi_core import cost
 from topi_core.metrics import psnr, ssim
-from topi_demo import codec
-from topi_demo.edits import GRAMMAR, GROUPS
 from topi_demo.evaluate import edit, held_out
 from topi_demo.provenance import read, setting
 from topi_demo.runtime import load_pack, patch
 
-from .scenarios import CORE, README, SCENARIOS, SHORT, Scenario
+from .baselines import BASELINES
+from .scenarios import FEWER, PANELS, SCENARIOS, Panel, Scenario
 
 RESULTS = Path(__file__).resolve().parent / "results" / "fidelity.jsonl"
-SEED = 0
+SEED, RESAMPLES = 0, 2000
 
 
-def kinds(count: int) -> dict[str, int]:
-    """How many edits of each kind make `count` of each group, evenly."""
-    return {kind: -(-count // sum(g == group for g, _ in GRAMMAR.values())) for kind, (group, _) in GRAMMAR.items()}
-
-
-def measure(scenarios: tuple[Scenario, ...], count: int, done: set[tuple]):
+def measure(scenarios: Iterable[Scenario], panels: Iterable[Panel], count: int, done: set[tuple]) -> Iterator[dict]:
     """Rows of what is not in `done`, kind by kind, so that each full run is made once."""
     node, _ = load_pack()
     import comfy_extras.nodes_easycache as easycache
@@ -46,115 +41,136 @@ def measure(scenarios: tuple[Scenario, ...], count: int, done: set[tuple]):
     half = model.clone()
     half.set_model_compute_dtype(torch.bfloat16)
     models, where = {"float32": model, "bfloat16": half}, setting()
-    for kind, number in kinds(count).items():
-        todo = [s for s in scenarios if (s.key, kind, number, where["weights"]) not in done]
-        if not todo:
-            continue
-        batch = held_out(kind, number)
-        coded = codec.decode(codec.encode(batch.expected))
-        wanted = {(s.dtype, s.steps) for s in todo}
-        fulls = {(d, steps): edit((models[d], clip, vae), batch, SEED, steps) for d, steps in wanted}
-        for s in todo:
-            started = time.monotonic()
-            base, full = models[s.dtype], fulls[s.dtype, s.steps]
-            if s.easycache is not None:
-                base = easycache.EasyCacheNode.execute(base, s.easycache, 0.15, 0.95, False).result[0]
-            patched, trace = patch(node, base, s.scorer, **s.node_inputs)
-            image = edit((patched, clip, vae), batch, SEED, s.steps)
-            run = trace.runs[-1]
-            computed = sum(step.kind != "skipped" for step in run.steps)  # a cache outside of ToPi hides its steps
-            yield {
-                "what": "fidelity",
-                "scenario": s.key,
-                "inputs": s.inputs,
-                "easycache": s.easycache,
-                "dtype": s.dtype,
-                "steps": s.steps,
-                "kind": kind,
-                "group": GRAMMAR[kind][0],
-                "edits": number,
-                "references": len(batch.references),
-                "psnr": _values(psnr(image, full).clamp(max=100), 2),
-                "ssim": _values(ssim(image, full), 4),
-                "psnr_to_expected": round(psnr(image, coded).mean().item(), 2),
-                "psnr_of_full_to_expected": round(psnr(full, coded).mean().item(), 2),
-                "kept": round(fmean(anchor.share for anchor in run.anchors), 4),
-                "anchors": [anchor.step for anchor in run.anchors],
-                "predicted": round(cost.speedup(run) * s.steps / computed, 4),
-                "seconds": round(time.monotonic() - started, 2),
-                **where,
-            }
+    for panel in panels:
+        for kind, number in panel.counts(count).items():
+            todo = [s for s in scenarios if (s.key, panel.name, kind, number, where["weights"]) not in done]
+            batch, fulls = held_out(kind, number), {}
+            for s in todo:
+                started, base = time.monotonic(), models[s.dtype]
+                of = s.dtype, s.steps
+                if of not in fulls:
+                    fulls[of] = edit((base, clip, vae), batch, SEED, s.steps, cfg=panel.cfg)
+                if s.easycache is not None:
+                    base = easycache.EasyCacheNode.execute(base, s.easycache, 0.15, 0.95, False).result[0]
+                if s.plain:
+                    patched, trace = base, None
+                elif s.baseline:
+                    patched, trace = BASELINES[s.baseline](node, base, **s.inputs)
+                else:
+                    patched, trace = patch(node, base, s.scorer, **s.node_inputs)
+                image = edit((patched, clip, vae), batch, SEED, s.plain or s.steps, cfg=panel.cfg)
+                yield {
+                    "what": "fidelity", "scenario": s.key, "panel": panel.name, "kind": kind, "edits": number,
+                    "inputs": s.inputs, "psnr": _values(psnr(image, fulls[of]).clamp(max=100), 2),
+                    "ssim": _values(ssim(image, fulls[of]), 4), **_record(s, trace),
+                    "seconds": round(time.monotonic() - started, 1), **where,
+                }  # fmt: skip
 
 
-def _values(x: Tensor, digits: int) -> list[float]:
+def _record(s: Scenario, trace) -> dict:
+    """What a run computed, and the cost model's speed-up of it."""
+    if trace is None:
+        return {"predicted": round(s.steps / s.plain, 4)}
+    run = trace.runs[-1]
+    hidden = s.steps - len({step.index for step in run.steps})  # a cache outside of ToPi hides its steps
+    outer = s.steps / (s.steps - hidden)
+    found = {
+        "predicted": round(cost.speedup(run) * outer, 4),
+        "computed": sum(step.kind != "skipped" for step in run.steps),
+        "anchors": sorted({anchor.step for anchor in run.anchors}),
+    }
+    if run.anchors:
+        found["kept"] = round(fmean(anchor.share for anchor in run.anchors), 4)
+    return found
+
+
+def _values(x: torch.Tensor, digits: int) -> list[float]:
     return [round(value, digits) for value in x.tolist()]
 
 
-def table(rows: list[dict], name: str) -> list[str]:
-    """One table in Markdown: dB and SSIM to the full run by group, with what was kept and the predicted speed-up."""
-    by_scenario = {
-        s.name: of for s in SCENARIOS if s.table == name and (of := [r for r in rows if r["scenario"] == s.key])
-    }
-    present = [g for g in GROUPS if any(row["group"] == g for of in by_scenario.values() for row in of)]
-    most, least = (f([sum(r["edits"] for r in of) for of in by_scenario.values()]) for f in (max, min))
-    edits = f"{least} edits" if most == least else f"{least} to {most} edits"
-    lines = [
-        f"| {name}; {edits} | " + " | ".join(present) + " | all | kept | cost model |",
-        "|---" * (len(present) + 4) + "|",
-    ]
-    for scenario, of in by_scenario.items():
-        cells = [_near([row for row in of if row["group"] == group]) for group in present]
-        groups = [some for group in present if (some := [row for row in of if row["group"] == group])]
-        kept, speed = (fmean(fmean(row[key] for row in group) for group in groups) for key in ("kept", "predicted"))
-        cells += [_near(of), f"{kept:.0%}", f"{speed:.2f}x"]
-        lines.append(f"| {scenario} | " + " | ".join(cells) + " |")
-    return lines
+def interval(values: list[float]) -> tuple[float, float, float]:
+    """The mean, and the bootstrap's interval of 95 % around it (percentiles of the resampled means)."""
+    x, rng = np.asarray(values), np.random.default_rng(0)
+    means = x[rng.integers(len(x), size=(RESAMPLES, len(x)))].mean(1)
+    return float(x.mean()), *map(float, np.percentile(means, (2.5, 97.5)))
 
 
-def best(rows: list[dict]) -> list[dict]:
-    """Of rows of one scenario and kind of edit, the one of the most edits, and the newest of these."""
-    found: dict[tuple, dict] = {}
-    for row in rows:
-        key = row["scenario"], row["kind"]
-        if key not in found or row["edits"] >= found[key]["edits"]:
-            found[key] = row
-    return list(found.values())
+class Results:
+    """The rows of the newest weights: of a scenario, panel and kind the ones of most edits, and the newest of these."""
 
+    def __init__(self, rows: list[dict]):
+        self.rows: dict[tuple[str, str], dict[str, dict]] = {}
+        for row in rows:
+            kinds = self.rows.setdefault((row["scenario"], row["panel"]), {})
+            if row["kind"] not in kinds or row["edits"] >= kinds[row["kind"]]["edits"]:
+                kinds[row["kind"]] = row
 
-def _near(rows: list[dict]) -> str:
-    values = [[v for row in rows for v in row[key]] for key in ("psnr", "ssim")]
-    return f"{fmean(values[0]):.1f}, {fmean(values[1]):.3f}" if values[0] else ""
+    def has(self, s: Scenario, panel: str) -> bool:
+        return (s.key, panel) in self.rows and set(PANELS[panel].kinds) <= set(self.rows[s.key, panel])
 
+    def values(self, s: Scenario, panel: str, name: str = "psnr") -> list[float]:
+        """Of every edit of the panel, in an order that is the same for all scenarios."""
+        kinds = self.rows[s.key, panel]
+        return [v for kind in PANELS[panel].kinds for v in kinds[kind][name]]
 
-def markdown(rows: list[dict]) -> str:
-    rows, names = best(rows), dict.fromkeys(s.table for s in SCENARIOS)
-    present = [name for name in names if any(row["scenario"].startswith(name + ": ") for row in rows)]
-    return "\n\n".join("\n".join(table(rows, name)) for name in present)
+    def speedup(self, s: Scenario, panel: str) -> float:
+        """Of all edits: what they would cost in full by what they cost."""
+        kinds = self.rows[s.key, panel]
+        return 1 / fmean(1 / kinds[kind]["predicted"] for kind in PANELS[panel].kinds for _ in kinds[kind]["psnr"])
+
+    def ahead(self, s: Scenario, panel: str) -> tuple[float, float, float] | None:
+        """dB above plain fewer steps at the same cost, edit by edit; None outside of what was measured of these."""
+        plain = sorted(
+            ((self.speedup(p, panel), self.values(p, panel)) for p in SCENARIOS
+             if p.line == FEWER and p.steps == s.steps and self.has(p, panel)),
+            key=lambda point: point[0],
+        )  # fmt: skip
+        at = self.speedup(s, panel)
+        for (low, a), (high, b) in zip(plain, plain[1:], strict=False):
+            if low <= at <= high:
+                t = (np.log(at) - np.log(low)) / (np.log(high) - np.log(low))
+                others = (1 - t) * np.asarray(a) + t * np.asarray(b)
+                return interval(list(np.asarray(self.values(s, panel)) - others))
+        return None
+
+    def table(self, scenarios: Iterable[Scenario], panels: Iterable[str]) -> str:
+        """dB to the full run with the interval's half width, the cost model's speed-up, and dB above fewer steps."""
+        panels = [p for p in panels if any(self.has(s, p) for s in scenarios)]
+        lines = ["| | " + " | ".join(panels) + " |", "|---" * (len(panels) + 1) + "|"]
+        for s in scenarios:
+            if any(self.has(s, p) for p in panels):
+                lines.append(f"| {s.key} | " + " | ".join(self._cell(s, p) for p in panels) + " |")
+        return "\n".join(lines)
+
+    def _cell(self, s: Scenario, panel: str) -> str:
+        if not self.has(s, panel):
+            return ""
+        mean, low, high = interval(self.values(s, panel))
+        text = f"{mean:.1f} ±{(high - low) / 2:.1f} at {self.speedup(s, panel):.2f}x"
+        ahead = None if s.plain else self.ahead(s, panel)
+        return text + (f" ({ahead[0]:+.1f} ±{(ahead[2] - ahead[1]) / 2:.1f})" if ahead else "")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.fidelity", description=__doc__.splitlines()[0])
-    parser.add_argument("-n", type=int, default=64, help="held-out edits of each group")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--short", action="store_true", help="a few scenarios only")
-    which.add_argument("--readme", action="store_true", help="those of the README's table")
-    which.add_argument("--core", action="store_true", help="those of the plot and of the first table")
+    parser.add_argument("-n", type=int, default=64, help="held-out edits of each panel, at least")
+    parser.add_argument("--panels", nargs="+", choices=list(PANELS), default=list(PANELS), metavar="PANEL")
     parser.add_argument("--only", metavar="WORDS", nargs="+", help="scenarios whose name holds any of these words")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="only print the tables of the results that are there")
     args = parser.parse_args()
+    chosen = [s for s in SCENARIOS if not args.only or any(words in s.key for words in args.only)]
     if not args.table:
-        some = SHORT if args.short else README if args.readme else CORE if args.core else SCENARIOS
-        chosen = tuple(s for s in some if not args.only or any(words in s.key for words in args.only))
-        done = {(row["scenario"], row["kind"], row["edits"], row["weights"]) for row in read(args.out)}
+        names = ("scenario", "panel", "kind", "edits", "weights")
+        done = {tuple(row[name] for name in names) for row in read(args.out)}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         with torch.inference_mode(), args.out.open("a", encoding="utf-8") as file:
-            for row in measure(chosen, args.n, done):
+            for row in measure(chosen, [PANELS[p] for p in args.panels], args.n, done):
                 file.write(json.dumps(row, separators=(",", ":")) + "\n")
                 file.flush()
-                print(f"{row['kind']:10}  {row['scenario']:45}  {fmean(row['psnr']):5.1f} dB to the full run, "
-                      f"{row['kept']:4.0%} kept, {row['predicted']:.2f}x predicted", flush=True)  # fmt: skip
-    print(markdown(read(args.out)))
+                print(f"{row['panel']:22}  {row['kind']:10}  {row['scenario']:45}  {fmean(row['psnr']):5.1f} dB, "
+                      f"{row['predicted']:.2f}x", flush=True)  # fmt: skip
+    print(Results(read(args.out)).table(chosen, args.panels))
 
 
 if __name__ == "__main__":

@@ -42,6 +42,8 @@ class ToPiPatch(io.ComfyNode):
                     "the mode's own, 10 for prune and 5 for reuse. Higher is faster, lower is nearer to the unpatched "
                     "image. With prune they are evenly spaced, with reuse they stand where the noise level falls "
                     "most: see spacing of ToPi Settings."),
+                io.Float.Input("tolerance", default=0.0, min=0.0, max=1.0, step=0.005,
+                    tooltip="Relative error of the network's output that a step may bring."),
                 io.Float.Input("tau", default=0.85, min=0.0, max=1.0, step=0.01,
                     tooltip="For prune: share of the references' influence that is kept. Lower is faster, and 1 gives "
                     "the unpatched image, bit for bit. Reuse, which keeps every token, does not use it."),
@@ -63,10 +65,10 @@ class ToPiPatch(io.ComfyNode):
         return [] if "settings" in inputs else profile_files.state("auto")
 
     @classmethod
-    def execute(cls, model, mode, update_interval, tau, settings: Settings | None = None) -> io.NodeOutput:
+    def execute(cls, model, mode, update_interval, tolerance, tau, settings: Settings | None = None) -> io.NodeOutput:
         settings = settings or Settings()
         anchors, keep = replace(settings.anchors, update_interval=update_interval), replace(settings.keep, tau=tau)
-        settings = replace(settings, mode=mode, anchors=anchors, keep=keep)
+        settings = replace(settings, mode=mode, tolerance=tolerance, anchors=anchors, keep=keep)
         network = model.get_model_object("diffusion_model")
         family, trace = family_of(network), Trace()
         known = model_of(family, network, settings.layers)

@@ -90,6 +90,7 @@ class Settings:
     """All that ToPi Patch and ToPi Settings are told."""
 
     mode: Mode = "reuse"
+    tolerance: float = 0.0
     layers: LayerSettings = LayerSettings()
     anchors: AnchorSettings = AnchorSettings()
     keep: KeepSettings = KeepSettings()
@@ -97,6 +98,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         one_of("mode", self.mode, MODES)
+        _within(0, 1, tolerance=self.tolerance)
 
     @property
     def update_interval(self) -> int:

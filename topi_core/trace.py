@@ -77,6 +77,7 @@ class Run(Sampled):
     forecast: bool = False  # whether these were extrapolated
     offloaded: bool = False  # whether some lay in host memory
     no_room: bool = False  # whether for some, or for all, there was no memory
+    noisy: bool = False  # whether the sampler adds noise of its own, so that no step could be skipped
     found_layers: tuple[int, ...] = ()  # that the run found itself, where the model's profile names none
     found_at: int | None = None  # the step that told; None where the middle one is taken, as every token is kept
     anchors: list[Anchor] = field(default_factory=list)

@@ -89,6 +89,14 @@ class Patch:
             return [*scores, Prune(references, self.model.front_layers)]
         return [*scores, Reuse(run, references, self.settings.reuse, self.family.key_heads(network))]
 
+    def predict(self, executor, x: Tensor, timestep: Tensor, model_options: dict | None = None, *rest) -> Tensor:
+        """PREDICT_NOISE: one evaluation of the guided model (`CFGGuider.outer_predict_noise`)."""
+        options = model_options or {}
+        engine: Any = options.get("transformer_options", {}).get(KEY)
+        if not isinstance(engine, Engine):
+            return executor(x, timestep, options, *rest)
+        return engine.predict(executor, x, timestep, options, *rest)
+
     def call(self, executor, *args, **kwargs) -> Tensor:
         """One call of the network."""
         given = Arguments(self.family, executor, args, kwargs)
@@ -125,9 +133,10 @@ class Patch:
 def attach(model: ModelPatcher, patch: Patch) -> ModelPatcher:
     """A clone of the model with the two wrappers of a patch."""
     patched = model.clone()
-    for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.DIFFUSION_MODEL, WrappersMP.APPLY_MODEL):
+    for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.PREDICT_NOISE, WrappersMP.DIFFUSION_MODEL, WrappersMP.APPLY_MODEL):
         patched.remove_wrappers_with_key(kind, KEY)  # of two ToPi nodes in a row, the last one counts
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, patch.sample)
+    patched.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, patch.predict)
     patched.add_wrapper_with_key(patch.family.wrapper, KEY, patch.call)
     return patched
 

@@ -13,6 +13,7 @@ class Recorder:
         self.run = run
         self.open: Step | None = None  # from its first call to the first call of another one
         self.started = 0.0
+        self.full_flops = 0  # of all calls so far
 
     def begin(self, index: int, sigma: float) -> None:
         """A call of this step: a new one, or one that the sampler comes back to after it has looked ahead (heunpp2)."""
@@ -30,11 +31,18 @@ class Recorder:
         assert step is not None
         if call.computed or plan.answer is not None:
             step.flops += len(call.conds) * call_flops(model, plan, layout)
-            step.full_flops += len(call.conds) * call_flops(model, Plan(), layout)
+            full = len(call.conds) * call_flops(model, Plan(), layout)
+            step.full_flops += full
+            self.full_flops += full
             step.kind = plan.kind if rank(plan.kind) > rank(step.kind) else step.kind
         step.tokens = max(step.tokens, plan.cut.tokens(layout) if plan.cut else layout.tokens)
         if plan.cut is not None and plan.cut.stand_in is not None:
             step.keys = max(step.keys or 0, plan.cut.key_tokens(layout))
+
+    def skip(self, full_flops: int) -> None:
+        """The open step, or an evaluation of it, was extrapolated: what it would have taken."""
+        assert self.open is not None
+        self.open.full_flops += full_flops
 
     def close(self) -> None:
         if self.open is not None:

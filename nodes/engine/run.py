@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 
 from ...topi_core.plan import Call, CondKey, Plan, Saving
 from ...topi_core.references import References
+from ...topi_core.savings.skip import Skip
 from ...topi_core.schedule import Schedule
 from ...topi_core.trace import Run, Sampled
 from .compiled import Compiled
@@ -28,6 +30,9 @@ class Engine:
     memory: Callable[[Tensor, Sequence[Tensor], int], CallMemory]
     compiled: Compiled | None = None
     schedule: Schedule | None = None
+    skip: Skip | None = None
+    ran: int = 0  # calls in which the network was computed
+    full_flops: int = 0  # of a step's last evaluation that ran, had every call of it computed everything
 
     def __post_init__(self) -> None:
         self.blocks = self.family.blocks(self.network)
@@ -43,23 +48,60 @@ class Engine:
     def blocks_of(self, network: nn.Module) -> Sequence[Block]:
         return self.blocks if network is self.network else self.family.blocks(network)
 
+    def planned(self, sigmas: Tensor) -> Schedule:
+        if self.schedule is None:
+            s = self.run.settings
+            known = tuple(sigmas.tolist())
+            self.schedule = Schedule(known, s.update_interval, s.anchors.first_anchor, *self.window, s.spacing)
+        return self.schedule
+
+    def sigma(self, sigmas: Tensor) -> float:
+        """The host waits once, however many calls of a step's prompts share the tensor."""
+        if self._sigma[0] is not sigmas:
+            self._sigma = sigmas, float(sigmas[0])
+        return self._sigma[1]
+
+    def predict(self, executor, x: Tensor, timestep: Tensor, options: dict, *rest) -> Tensor:
+        """The guided model's picture: its own, or the one that `skip` extrapolates where no anchor is due."""
+        run = partial(executor, x, timestep, options, *rest)
+        tolerance, planned = self.run.settings.tolerance, options.get("transformer_options", {}).get("sample_sigmas")
+        if not tolerance or planned is None:
+            return run()
+        sigma, schedule = float(timestep[0]), self.planned(planned)
+        if self.skip is None:
+            self.skip = Skip(self.run, tolerance, schedule.sigmas)
+        step = schedule.step(sigma)
+        ahead = schedule.sigmas[step + 1]
+        answer = self.skip.answer(x, sigma, ahead, self._due(schedule, step, sigma))
+        if answer is not None:
+            self.recorder.begin(step, sigma)
+            self.recorder.skip(self.full_flops)
+            return answer
+        ran, counted = self.ran, self.recorder.full_flops
+        denoised = run()
+        if self.ran == ran:  # another cache answered
+            self.skip.passed(x, sigma, denoised)
+            return denoised
+        self.full_flops = self.recorder.full_flops - counted
+        return self.skip.saw(x, sigma, ahead, denoised)
+
+    def _due(self, schedule: Schedule, step: int, sigma: float) -> bool:
+        """Whether a step has to be computed because its references want to be."""
+        if not schedule.active(sigma):
+            return False
+        return any(each.anchor is None or schedule.due(step, each.anchor[0]) for each in self.references.sets)
+
     def begin(self, given: Arguments) -> tuple[Plan, Call]:
         """Decides what a call of the network computes."""
-        sigmas = given.options["sigmas"]
-        if self._sigma[0] is not sigmas:  # the host waits once, however many calls of a step's prompts share the tensor
-            self._sigma = sigmas, float(sigmas[0])
-        sigma = self._sigma[1]
-        if self.schedule is None:
-            s, planned = self.run.settings, tuple(given.options["sample_sigmas"].tolist())
-            self.schedule = Schedule(planned, s.update_interval, s.anchors.first_anchor, *self.window, s.spacing)
-        step, layout = self.schedule.step(sigma), given.layout
+        sigma, schedule = self.sigma(given.options["sigmas"]), self.planned(given.options["sample_sigmas"])
+        step, layout = schedule.step(sigma), given.layout
         self.recorder.begin(step, sigma)
         self.run.reference_tokens = max(self.run.reference_tokens, layout.reference_tokens)
         conds = conds_of(given.options)
         sets = self.references.find(conds, given.references, layout, self.images) if given.references else []
         memory = self.memory(given.latent, given.references, len(conds))
         call = Call(step, sigma, layout, conds, self.images, given.latent.device, sets, given.text_leaves, memory)
-        return self._plan(call, self.schedule), call
+        return self._plan(call, schedule), call
 
     def _plan(self, call: Call, schedule: Schedule) -> Plan:
         if not schedule.active(call.sigma):
@@ -77,6 +119,7 @@ class Engine:
         self.recorder.add(plan, call)
         if not call.computed:
             return
+        self.ran += 1
         if plan.kind == "anchor":
             self.references.settle([each for each in call.sets if each.anchor and each.anchor[0] != call.step])
         for saving in self.savings:
@@ -96,6 +139,7 @@ class Engine:
 
     def release(self) -> None:
         """Lets go of everything, also where an error keeps this object alive."""
+        self.skip = None
         for saving in self.savings:
             saving.release()
         self.references.sets.clear()
