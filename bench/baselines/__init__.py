@@ -1,1 +1,7 @@
-"""What ToPi is compared with, on its own interface."""
+"""What ToPi is compared with, on its own interface: by name, (nodes, model, **constants) -> (patched model, trace)."""
+
+from collections.abc import Callable
+
+from . import tokens
+
+BASELINES: dict[str, Callable[..., tuple]] = {**tokens.BASELINES}
