@@ -7,8 +7,10 @@ What un-merging gives back is the change that the blocks made, added to what eac
 picture's tokens is their own, and copies of whole hidden states would leave it in. References are not un-merged, as
 nothing behind the blocks looks at them.
 
-The originals merge around each attention (ToMeSD, ToMA) or attention and MLP (SDTM), and add to each token's residual
-there. ComfyUI's ControlNets and `index_timestep_zero` count rows of the picture, so neither goes with merged ones.
+The originals merge around each attention (ToMeSD, ToMA) or each attention and MLP (SDTM), and add what they un-merge to
+each token's residual there. ComfyUI's ControlNets and the reference method `index_timestep_zero` count the picture's
+rows: neither works where these are merged. A model that has this method by itself is refused; a node that asks for it
+is not noticed.
 """
 
 from __future__ import annotations
@@ -160,7 +162,7 @@ class Merging(Saving):
         raise NotImplementedError
 
     def observe(self, plan: Plan, call: Call) -> bool:
-        """There are no anchors for it: every step is like every other."""
+        """It needs no anchors, so what it does at every other step it does here."""
         return self.apply(plan, call)
 
     def apply(self, plan: Plan, call: Call) -> bool:
@@ -188,12 +190,13 @@ class Merging(Saving):
 
 
 def merging(base: Cut, of: Images, away: int, find: Callable[[Tensor], Pattern]) -> MergingCut:
+    """The cut `base` with `away` tokens merged besides; it says of text and stand-ins what its base says."""
     own = base.text, base.kept, base.stand_in, base.stand_in_text
     return MergingCut(*own, base=base, of=of, away=away, find=find)
 
 
 class TokenMerge(Prune):
-    """The paper's Table 4: what `Prune` would drop goes into the nearest kept token, by cosine, which is their mean.
+    """The paper's Table 4: what `Prune` drops goes into the nearest kept token by cosine, which becomes the mean.
 
     The paper does not say by which states a neighbour is near, nor in which layer tokens are merged: here by those of
     the first layer that is shortened, in this layer, and anew at each step.
@@ -277,9 +280,9 @@ class SDTM(Merging):
     the share `merging.dynamic_ratio` of the tokens goes away, by `merging.structure` until the share `switch` of the
     steps, then by `merging.detail`. A merged token gets `mixed` of the computed change and the rest of the kept one.
 
-    The original keeps and mixes the output of each attention and MLP, and in its second stage merges before the MLPs
-    alone. Its switch is step 20, of 28 in its settings; by which age it weighs sources in the second stage is left out.
-    `beside` a saving that has anchors these are protected steps too, and what that saving leaves is merged.
+    The original keeps and mixes the output of each attention and MLP, in its second stage merges around MLPs alone, and
+    there lets age weigh in the similarity of sources as well, which is left out here. Its switch is step 20, which is
+    taken to be one of 28. `beside` a saving with anchors, these are protected steps too, and what it leaves is merged.
     """
 
     deviation: float = 0.2
@@ -395,21 +398,26 @@ def merge(
 
 def tomesd(nodes: dict[str, type], model, *, of: Images = "images", ratio: float = 0.5, **constants) -> tuple:
     """`ToMeSD` with its fields."""
-    return attached(nodes, model, lambda *run: [ToMeSD(of, ratio, **constants)])
+    return _put(nodes, model, lambda: ToMeSD(of, ratio, **constants))
 
 
 def toma(nodes: dict[str, type], model, *, of: Images = "images", ratio: float = 0.5, **constants) -> tuple:
     """`ToMA` with its fields."""
-    return attached(nodes, model, lambda *run: [ToMA(of, ratio, **constants)])
+    return _put(nodes, model, lambda: ToMA(of, ratio, **constants))
 
 
 def sdtm(nodes: dict[str, type], model, *, ratio: float = 0.3, beside: dict | None = None, **constants) -> tuple:
     """`SDTM` with its fields; `beside`: also what ToPi saves with these `topi_core.config.Settings`."""
+    return _put(nodes, model, lambda: SDTM("target", ratio, beside=beside is not None, **constants), beside)
 
-    def make(*run):
-        return [SDTM("target", ratio, beside=beside is not None, **constants)]
 
-    return attached(nodes, model, make, beside is not None, **beside or {})
+def _put(nodes: dict[str, type], model, saving: Callable[[], Merging], beside: dict | None = None) -> tuple:
+    """A new saving for each run on the model, alone or beside ToPi's own."""
+    network = model.get_model_object("diffusion_model")
+    method = getattr(getattr(network, "params", network), "default_ref_method", None)
+    if saving().of != "references" and method == "index_timestep_zero" and (beside or {}).get("mode") != "reuse":
+        raise ValueError("this model modulates references by where they stand behind the picture, so of must be theirs")
+    return attached(nodes, model, lambda *run: [saving()], beside is not None, **beside or {})
 
 
 BASELINES: dict[str, Callable[..., tuple]] = {

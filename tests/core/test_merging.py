@@ -1,6 +1,7 @@
 """What the merging baselines make of cases small enough to know the answer."""
 
 import math
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -20,9 +21,9 @@ from bench.baselines.merging import (
     structure,
     windows,
 )
-from bench.baselines.tokens import grids_of, merging, span
+from bench.baselines.tokens import SDTM, grids_of, merging, span
 from topi_core.layout import Layout
-from topi_core.plan import Cut
+from topi_core.plan import Call, Cut, Plan
 
 E = torch.eye(8)
 
@@ -172,3 +173,47 @@ def test_images_that_do_not_stand_together_are_refused():
     layout = Layout(3, (2, 2), ((1, 4),), ("target", "text", "references"))
     with pytest.raises(ValueError, match="stand together"):
         span(Cut(), "images", layout)
+
+
+CALL = Call(1, 0.5, Layout(2, (2, 4), ((1, 2),)), ("a prompt",), 1, torch.device("cpu"), steps=4)
+
+
+def protected(sdtm: SDTM, change: torch.Tensor) -> None:
+    """As if a protected step had told this change of each token."""
+    sdtm.change[CALL.conds] = change
+    sdtm.age[CALL.conds] = torch.zeros(1, 8)
+
+
+def test_sdtm_mixes_the_kept_change_into_what_was_merged():
+    """One window of two is merged: its tokens get a tenth of the new change and nine tenths of their own old one."""
+    sdtm, plan, kept = SDTM("target", 3 / 8, deviation=0.0), Plan(), torch.randn(1, 8, 8)
+    protected(sdtm, kept)
+    assert sdtm.apply(plan, CALL) and plan.kind == "pruned" and plan.cut.tokens(CALL.layout) == 12 - 3
+    x = torch.cat([torch.randn(1, 2, 8), rows(0, 0, 1, 2, 0, 0, 3, 4), torch.randn(1, 2, 8)], 1)
+    short = plan.cut.gather(x, CALL.layout)
+    assert plan.cut.rows(CALL.layout).tolist() == [[0, 1, 2, 4, 5, 8, 9, 10, 11]]
+    (behind,) = plan.output
+    out, before = behind(short + 1, CALL.layout)[0, 2:10], x[0, 2:10]
+    merged, others = [0, 1, 4, 5], [2, 3, 6, 7]
+    assert torch.allclose(out[others], before[others] + 1)
+    assert torch.allclose(out[merged], before[merged] + 0.1 + 0.9 * kept[0, merged], atol=1e-6)
+    sdtm.commit(plan, CALL, out)
+    assert sdtm.age[CALL.conds].tolist() == [[1, 1, 0, 0, 1, 1, 0, 0]]
+
+
+def test_sdtm_learns_at_a_protected_step():
+    sdtm, plan, x = SDTM("target", 0.3), Plan(), torch.randn(1, 12, 8)
+    assert sdtm.apply(plan, replace(CALL, step=3)) and plan.cut is None and plan.kind == "full"
+    (see,), (behind,) = plan.inputs[0], plan.output
+    see(0, x, CALL.layout)
+    assert behind(x * 3, CALL.layout) is not None
+    sdtm.commit(plan, CALL, x)
+    assert torch.allclose(sdtm.change[CALL.conds], 2 * x[:, 2:10])
+    assert sdtm.free() and not sdtm.free()
+
+
+def test_sdtm_must_begin_where_the_cut_that_it_merges_begins():
+    sdtm = SDTM("target", 0.3, beside=True)
+    protected(sdtm, torch.zeros(1, 8, 8))
+    with pytest.raises(ValueError, match="first_layer must be 2"):
+        sdtm.apply(Plan("pruned", Cut(kept=torch.zeros(1, 1, dtype=torch.long)), first_layer=2), CALL)
