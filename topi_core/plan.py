@@ -198,6 +198,7 @@ class Call:
     text_leaves: bool = False  # whether the network bears that its text leaves the sequence
     memory: Memory | None = None
     computed: bool = False  # turns true when the network really runs, as a cache may answer in its place
+    steps: int = 1  # of the run
 
     def rows(self, prompt: int) -> slice:
         return slice(prompt * self.images, (prompt + 1) * self.images)

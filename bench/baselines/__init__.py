@@ -1,8 +1,7 @@
-"""What ToPi is compared with, on its own interface."""
+"""What ToPi is compared with, on its own interface: by name, (nodes, model, **constants) -> (patched model, trace)."""
 
 from collections.abc import Callable
 
-from . import steps
+from . import steps, tokens
 
-BASELINES: dict[str, Callable[..., tuple]] = {**steps.BASELINES}
-"""Name -> (ComfyUI's nodes, model, **constants) -> (patched model, trace)."""
+BASELINES: dict[str, Callable[..., tuple]] = {**steps.BASELINES, **tokens.BASELINES}

@@ -8,8 +8,10 @@ from importlib import import_module
 from typing import Any
 
 
-def attached(nodes: dict[str, type], model, make: Callable[..., Sequence], **settings: Any) -> tuple:
-    """The model with other savings than ToPi's, and its trace -> (model, trace).
+def attached(
+    nodes: dict[str, type], model, make: Callable[..., Sequence], beside: bool = False, **settings: Any
+) -> tuple:
+    """The model with other savings in place of ToPi's, or `beside` and after them, and its trace -> (model, trace).
 
     make: (run, references, network, seed), as `nodes.engine.attach.Patch.savings` -> savings. settings: fields of
     `topi_core.config.Settings`; with the anchors of its `mode` unless they say otherwise.
@@ -22,7 +24,7 @@ def attached(nodes: dict[str, type], model, make: Callable[..., Sequence], **set
 
     class Patch(node.Patch):
         def savings(self, *run):
-            return list(make(*run))
+            return [*(super().savings(*run) if beside else ()), *make(*run)]
 
     known = node.model_of(family, network, chosen.layers)
     return node.attach(model, Patch(family, known, chosen, record)), record

@@ -100,7 +100,8 @@ class Engine:
         conds = conds_of(given.options)
         sets = self.references.find(conds, given.references, layout, self.images) if given.references else []
         memory = self.memory(given.latent, given.references, len(conds))
-        call = Call(step, sigma, layout, conds, self.images, given.latent.device, sets, given.text_leaves, memory)
+        steps, device = len(schedule.sigmas) - 1, given.latent.device
+        call = Call(step, sigma, layout, conds, self.images, device, sets, given.text_leaves, memory, steps=steps)
         return self._plan(call, schedule), call
 
     def _plan(self, call: Call, schedule: Schedule) -> Plan:
