@@ -13,6 +13,8 @@ import argparse
 import json
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
@@ -21,7 +23,7 @@ import torch
 
 from topi_core import cost
 from topi_core.metrics import psnr, ssim
-from topi_demo.evaluate import edit, held_out
+from topi_demo.evaluate import Edits, edit, held_out
 from topi_demo.provenance import read, setting
 from topi_demo.runtime import load_pack, patch
 
@@ -30,6 +32,7 @@ from .scenarios import FEWER, PANELS, SCENARIOS, Panel, Scenario
 
 RESULTS = Path(__file__).resolve().parent / "results" / "fidelity.jsonl"
 SEED, RESAMPLES = 0, 2000
+BATCH = 4  # edits that are sampled together; what is decided for one of them is decided for all
 
 
 def measure(scenarios: Iterable[Scenario], panels: Iterable[Panel], count: int, done: set[tuple]) -> Iterator[dict]:
@@ -44,12 +47,17 @@ def measure(scenarios: Iterable[Scenario], panels: Iterable[Panel], count: int, 
     for panel in panels:
         for kind, number in panel.counts(count).items():
             todo = [s for s in scenarios if (s.key, panel.name, kind, number, where["weights"]) not in done]
-            batch, fulls = held_out(kind, number), {}
+            fulls: dict[tuple, torch.Tensor] = {}
+            parts = _parts(held_out(kind, number)) if todo else []
+
+            def run(base, s: Scenario, steps: int, parts: list[Edits] = parts, cfg: float = panel.cfg) -> torch.Tensor:
+                return torch.cat([edit((base, clip, vae), part, SEED, steps, cfg=cfg) for part in parts])
+
             for s in todo:
                 started, base = time.monotonic(), models[s.dtype]
                 of = s.dtype, s.steps
                 if of not in fulls:
-                    fulls[of] = edit((base, clip, vae), batch, SEED, s.steps, cfg=panel.cfg)
+                    fulls[of] = run(base, s, s.steps)
                 if s.easycache is not None:
                     base = easycache.EasyCacheNode.execute(base, s.easycache, 0.15, 0.95, False).result[0]
                 if s.plain:
@@ -58,30 +66,42 @@ def measure(scenarios: Iterable[Scenario], panels: Iterable[Panel], count: int, 
                     patched, trace = BASELINES[s.baseline](node, base, **s.inputs)
                 else:
                     patched, trace = patch(node, base, s.scorer, **s.node_inputs)
-                image = edit((patched, clip, vae), batch, SEED, s.plain or s.steps, cfg=panel.cfg)
+                image = run(patched, s, s.plain or s.steps)
                 yield {
                     "what": "fidelity", "scenario": s.key, "panel": panel.name, "kind": kind, "edits": number,
                     "inputs": s.inputs, "psnr": _values(psnr(image, fulls[of]).clamp(max=100), 2),
-                    "ssim": _values(ssim(image, fulls[of]), 4), **_record(s, trace),
+                    "ssim": _values(ssim(image, fulls[of]), 4), **_record(s, trace, len(parts)),
                     "seconds": round(time.monotonic() - started, 1), **where,
                 }  # fmt: skip
 
 
-def _record(s: Scenario, trace) -> dict:
-    """What a run computed, and the cost model's speed-up of it."""
+def _parts(batch: Edits) -> list[Edits]:
+    """A batch in parts of at most `BATCH` edits."""
+    cuts = [slice(i, i + BATCH) for i in range(0, len(batch.instructions), BATCH)]
+    return [
+        replace(batch, instructions=batch.instructions[cut], expected=batch.expected[cut],
+                references=[images[cut] for images in batch.references])
+        for cut in cuts
+    ]  # fmt: skip
+
+
+def _record(s: Scenario, trace, parts: int) -> dict:
+    """What the runs of the parts computed, and the cost model's speed-up of all of them."""
     if trace is None:
         return {"predicted": round(s.steps / s.plain, 4)}
-    run = trace.runs[-1]
-    hidden = s.steps - len({step.index for step in run.steps})  # a cache outside of ToPi hides its steps
-    outer = s.steps / (s.steps - hidden)
+    runs = list(trace.runs)[-parts:]
     found = {
-        "predicted": round(cost.speedup(run) * outer, 4),
-        "computed": sum(step.kind != "skipped" for step in run.steps),
-        "anchors": sorted({anchor.step for anchor in run.anchors}),
+        "predicted": round(1 / fmean(len(_reached(run)) / s.steps / cost.speedup(run) for run in runs), 4),
+        "computed": [sum(step.kind != "skipped" for step in run.steps) for run in runs],
+        "anchors": [len({anchor.step for anchor in run.anchors}) for run in runs],
     }
-    if run.anchors:
-        found["kept"] = round(fmean(anchor.share for anchor in run.anchors), 4)
-    return found
+    shares = [anchor.share for run in runs for anchor in run.anchors]
+    return found | ({"kept": round(fmean(shares), 4)} if shares else {})
+
+
+def _reached(run) -> set[int]:
+    """Steps that a cache outside of ToPi has not hidden, and that one inside of it has not answered."""
+    return {step.index for step in run.steps if step.full_flops}
 
 
 def _values(x: torch.Tensor, digits: int) -> list[float]:
@@ -126,7 +146,7 @@ class Results:
             key=lambda point: point[0],
         )  # fmt: skip
         at = self.speedup(s, panel)
-        for (low, a), (high, b) in zip(plain, plain[1:], strict=False):
+        for (low, a), (high, b) in pairwise(plain):
             if low <= at <= high:
                 t = (np.log(at) - np.log(low)) / (np.log(high) - np.log(low))
                 others = (1 - t) * np.asarray(a) + t * np.asarray(b)
@@ -166,7 +186,7 @@ def main() -> None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         with torch.inference_mode(), args.out.open("a", encoding="utf-8") as file:
             for row in measure(chosen, [PANELS[p] for p in args.panels], args.n, done):
-                file.write(json.dumps(row, separators=(",", ":")) + "\n")
+                file.write(json.dumps(row, separators=(",", ":"), default=repr) + "\n")
                 file.flush()
                 print(f"{row['panel']:22}  {row['kind']:10}  {row['scenario']:45}  {fmean(row['psnr']):5.1f} dB, "
                       f"{row['predicted']:.2f}x", flush=True)  # fmt: skip

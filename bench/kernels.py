@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,10 +24,15 @@ def milliseconds(call) -> float:
 
 
 def table(rows: list[dict]) -> str:
-    lines = ["| references at 1024 px | kernels | chunks | an attention of all tokens | largest difference |", "|---" * 5 + "|"]
+    lines = [
+        "| references at 1024 px | kernels | chunks | an attention of all tokens | largest difference |",
+        "|---" * 5 + "|",
+    ]
     for row in rows:
         fused, chunks, attention = (row["milliseconds"][k] for k in ("fused", "chunks", "attention"))
-        lines.append(f"| {row['references']} | {fused:.2f} ms | {chunks:.2f} ms | {attention:.2f} ms | {row['difference']:.1e} |")
+        lines.append(
+            f"| {row['references']} | {fused:.2f} ms | {chunks:.2f} ms | {attention:.2f} ms | {row['difference']:.1e} |"
+        )
     return "\n".join(lines)
 
 
@@ -43,9 +49,9 @@ def main() -> None:
                 layout = Layout(TEXT, (64, 64), ((64, 64),) * references)
                 q, k, v = torch.randn(3, 1, HEADS, layout.tokens, WIDTH, device="cuda", dtype=torch.bfloat16)
                 ways = {
-                    "fused": lambda: attention_received_fused(q, k, layout),
-                    "chunks": lambda: attention_received_chunked(q, k, layout),
-                    "attention": lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v),
+                    "fused": partial(attention_received_fused, q, k, layout),
+                    "chunks": partial(attention_received_chunked, q, k, layout),
+                    "attention": partial(torch.nn.functional.scaled_dot_product_attention, q, k, v),
                 }
                 plain = ways["chunks"]()
                 difference = ((ways["fused"]() - plain).abs().max() / plain.abs().max()).item()

@@ -75,7 +75,7 @@ def measure(name: str, blocks: tuple[int, int], model, topi, side: int, referenc
             row["peak_bytes"] = torch.cuda.max_memory_allocated(device)
 
     run("warm-up", model, whole, 1)
-    for way, (m, _) in patched.items():
+    for m, _ in patched.values():
         run("warm-up", m, whole, 2)
     del found["warm-up"]
     for _ in range(repeats):

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from topi_core.config import KeepSettings
 from topi_core.influence import Scorer
 from topi_demo.edits import GRAMMAR, OPEN
 from topi_demo.train import KINDS
 
+from .baselines.fit import constants
 from .baselines.scorers import OTHERS
 
 STEPS = 20
@@ -93,6 +95,53 @@ def fewer(steps: int, counts: tuple[int, ...]) -> Iterator[Scenario]:
 FEWER = "fewer steps"
 
 
-SCENARIOS: tuple[Scenario, ...] = (
-    *fewer(STEPS, (16, 14, 12, 10, 8, 7, 6, 5)),
+PAPER = {"mode": "prune", "tolerance": 0.0}
+"""The paper's method with its published settings."""
+HALF = {"min_keep": 0.5, "max_keep": 0.5}
+"""The paper's ablations keep half of the tokens."""
+COMPUTED = {"mode": "reuse", "tolerance": 0.0}
+"""Reuse alone, without skipped steps."""
+EVERY_STEP = COMPUTED | {"update_interval": 1}
+"""The unpatched model bit by bit, whose trace tells which steps a cache skipped."""
+BEFORE = COMPUTED | {"update_interval": 5, "spacing": "sigma", "reuse_text": True}
+"""What version 0.1.0 did by default."""
+TOLERANCES = (0.02, 0.05, 0.1, 0.2)
+
+
+def _teacache(threshold: float) -> Scenario:
+    inputs = constants("teacache", STEPS) | {"threshold": threshold}
+    return Scenario(line="TeaCache's rule", name=f"{threshold:g}", baseline="teacache", inputs=inputs)
+
+
+def _regione(delta: float) -> Scenario:
+    inputs = constants("regione", STEPS) | {"delta": delta}
+    return Scenario(line="RegionE's steps", name=f"{delta:g}", baseline="regione", inputs=inputs)
+
+
+MAIN: tuple[Scenario, ...] = (
+    *fewer(STEPS, (15, 12, 10, 8, 6, 5)),
+    *line("ToPi", {f"tolerance {t:g}": {"tolerance": t} for t in TOLERANCES}),
+    *line("EasyCache", {f"{t:g}": EVERY_STEP for t in (0.1,)}, easycache=0.1),
+    *line("EasyCache", {f"{t:g}": EVERY_STEP for t in (0.2,)}, easycache=0.2),
+    *line("velocity held", {f"{n} computed": {"steps": STEPS, "computed": n} for n in (10, 7)}, baseline="held"),
+    *line("velocity linear", {f"{n} computed": {"steps": STEPS, "computed": n} for n in (10, 7)}, baseline="linear"),
+    _teacache(0.05),
+    _teacache(0.12),
+    _regione(0.04),
+    *line("ToPi without skipping", {"own anchors": COMPUTED, "as 0.1.0": BEFORE}),
+    *line("FluxKVCache's rule", {"once": {}}, baseline="flux_kv_cache"),
 )
+"""What the README's plot and table are made of, in all panels."""
+TOKENS: tuple[Scenario, ...] = (
+    *line("prune", {f"tau {t:g}": PAPER | {"tau": t} for t in (0.95, 0.85, 0.7)}),
+    *line("prune, half kept", {m: PAPER | HALF | {"metric": m} for m in ("influence", "attention", "random")}),
+    *line("merge", {"half kept": {}}, baseline="merge", inputs={"keep": KeepSettings(tau=1.0, **HALF)}),
+    *line("ToMeSD", {"0.5": {"ratio": 0.5}}, baseline="tomesd"),
+    *line("ToMeSD*", {"0.5": {"ratio": 0.5}}, baseline="tomesd_refs"),
+    *line("ToMA", {"0.5": {"ratio": 0.5}}, baseline="toma"),
+    *line("ToMA*", {"0.5": {"ratio": 0.5}}, baseline="toma_refs"),
+    *line("SDTM", {"alone": {}}, baseline="sdtm"),
+    *line("SDTM", {"with reuse": {}}, baseline="sdtm_reuse"),
+)
+"""What removes or merges tokens, with one reference."""
+SCENARIOS = (*MAIN, *TOKENS)

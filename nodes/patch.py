@@ -7,7 +7,7 @@ from functools import partial
 from comfy_api.latest import io
 from torch import nn
 
-from ..topi_core.config import MODES, LayerSettings, Model, Settings
+from ..topi_core.config import MODES, TOLERANCE, LayerSettings, Model, Settings
 from ..topi_core.profiles import default_front_layers
 from ..topi_core.trace import Trace
 from .engine.attach import Patch, attach
@@ -38,12 +38,14 @@ class ToPiPatch(io.ComfyNode):
                     "unpatched image. prune: the paper's method with its published settings; dropped tokens leave the "
                     "sequence until the next anchor."),
                 io.Int.Input("update_interval", default=0, min=0, max=1000,
-                    tooltip="Steps from one anchor to the next, on average; at an anchor everything is computed. 0: "
-                    "the mode's own, 10 for prune and 5 for reuse. Higher is faster, lower is nearer to the unpatched "
-                    "image. With prune they are evenly spaced, with reuse they stand where the noise level falls "
-                    "most: see spacing of ToPi Settings."),
-                io.Float.Input("tolerance", default=0.0, min=0.0, max=1.0, step=0.005,
-                    tooltip="Relative error of the network's output that a step may bring."),
+                    tooltip="Computed steps from one anchor to the next; at an anchor everything is computed, and "
+                    "steps that are skipped do not count. 0: the mode's own, 10 for prune, and for reuse 2 after a "
+                    "quarter of the steps in full. Higher is faster, lower is nearer to the unpatched image."),
+                io.Float.Input("tolerance", default=TOLERANCE, min=0.0, max=1.0, step=0.005,
+                    tooltip="The error that skipping a step may add to the picture, as a share of what the picture "
+                    "holds by then. A step is skipped where the model's course can be extrapolated as well as that; "
+                    "easy edits get fewer computed steps, hard ones more. Higher is faster; 0 computes every step, "
+                    "and with mode prune is the paper's method."),
                 io.Float.Input("tau", default=0.85, min=0.0, max=1.0, step=0.01,
                     tooltip="For prune: share of the references' influence that is kept. Lower is faster, and 1 gives "
                     "the unpatched image, bit for bit. Reuse, which keeps every token, does not use it."),

@@ -10,7 +10,7 @@ SettingsType = io.Custom("TOPI_SETTINGS")
 
 
 class ToPiSettings(io.ComfyNode):
-    """Its mode, update_interval and tau are defaults: ToPi Patch puts its own in their place."""
+    """Its mode, update_interval, tolerance and tau are defaults: ToPi Patch puts its own in their place."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -28,7 +28,8 @@ class ToPiSettings(io.ComfyNode):
                 io.Int.Input("front_layers", default=-1, min=-1, max=200,
                     tooltip="For prune: the first layers that always see every token. -1: the profile's."),
                 io.Int.Input("first_anchor", default=0, min=0, max=1000,
-                    tooltip="The first anchor step; the steps before it run in full."),
+                    tooltip="The first anchor step; the steps before it run in full. 0: the first step, and for reuse "
+                    "with an update_interval of 0 the end of the first quarter."),
                 io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01,
                     tooltip="Prune or reuse only from this part of the schedule on."),
                 io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01,
@@ -42,15 +43,15 @@ class ToPiSettings(io.ComfyNode):
                     tooltip="What a token is scored by. influence: the paper's score; attention: the attention alone, "
                     "which its ablations compare it with. It matters where tokens are dropped."),
                 io.Combo.Input("spacing", options=list(config.SPACINGS), default="auto",
-                    tooltip="steps: an anchor every update_interval steps. sigma: as many, placed so that the noise "
-                    "level falls by the same amount from each to the next, and by half of it after the last. auto: "
-                    "steps for prune, sigma for reuse."),
+                    tooltip="For a tolerance of 0. steps (auto): an anchor every update_interval steps. sigma: as "
+                    "many, placed so that the noise level falls by the same amount from each to the next, and by half "
+                    "of it after the last."),
                 io.Boolean.Input("forecast", default=True,
                     tooltip="For reuse: between anchors keys and values go on along the line through the last two "
                     "anchors, instead of standing still. Nearer to the unpatched image, for twice the memory."),
-                io.Boolean.Input("reuse_text", default=True,
-                    tooltip="For reuse: the prompt's tokens are reused like the references'. Faster, and on the demo "
-                    "model nearly as close to the unpatched image."),
+                io.Boolean.Input("reuse_text", default=False,
+                    tooltip="For reuse: the prompt's tokens are reused like the references'. A little faster, and "
+                    "further from the unpatched image where the edit's outcome is open."),
             ],
             outputs=[SettingsType.Output(display_name="settings", tooltip="Connect it to ToPi Patch.")],
         )  # fmt: skip

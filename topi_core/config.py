@@ -9,8 +9,12 @@ from .schedule import Spacing
 Mode = Literal["reuse", "prune"]
 AnySpacing = Literal["auto", "steps", "sigma"]
 MODES, SPACINGS = get_args(Mode), get_args(AnySpacing)
-OWN_INTERVAL: dict[Mode, int] = {"reuse": 5, "prune": 10}
-"""Steps from anchor to anchor where update_interval is 0; 10 is the paper's."""
+OWN_INTERVAL: dict[Mode, int] = {"reuse": 2, "prune": 10}
+"""Computed steps from anchor to anchor where update_interval is 0; 10 is the paper's."""
+TOLERANCE = 0.05
+"""The node's default: the error that a skipped step may add to the picture (`savings.skip`)."""
+WARM_UP = 0.25
+"""Share of the steps before reuse begins, where update_interval is 0: keys and values change most at the start."""
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
@@ -82,7 +86,7 @@ class ReuseSettings:
     """What the mode reuse does with keys and values (`savings.reuse`)."""
 
     forecast: bool = True
-    reuse_text: bool = True
+    reuse_text: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,9 +110,14 @@ class Settings:
 
     @property
     def spacing(self) -> Spacing:
-        """ "auto" is "steps" for prune, as in the paper, and "sigma" for reuse."""
-        own: Spacing = "sigma" if self.mode == "reuse" else "steps"
-        return own if self.anchors.spacing == "auto" else self.anchors.spacing
+        """ "auto" is "steps"."""
+        return "steps" if self.anchors.spacing == "auto" else self.anchors.spacing
+
+    def first_anchor(self, steps: int) -> int:
+        """The step of the first anchor in a run of so many: reuse's own is the last one of its warm-up."""
+        if self.mode == "reuse" and not self.anchors.update_interval and not self.anchors.first_anchor:
+            return max(0, int(steps * WARM_UP) - 1)
+        return self.anchors.first_anchor
 
     @property
     def tau(self) -> float:

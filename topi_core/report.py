@@ -18,7 +18,8 @@ class Figures:
     anchors: int
     full: int
     shorter: int  # pruned or reused
-    skipped: int
+    skipped: int  # by ToPi
+    cached: int  # skipped by a cache
     full_seconds: float | None
     shorter_seconds: float | None
     measured: float | None
@@ -40,7 +41,8 @@ def figures(run: Run) -> Figures:
         anchors=count["anchor"],
         full=count["full"],
         shorter=sum(count[kind] for kind in SHORTER),
-        skipped=count["skipped"],
+        skipped=(skipped := sum(step.extrapolated for step in run.steps)),
+        cached=count["skipped"] - skipped,
         full_seconds=full,
         shorter_seconds=short,
         measured=_measured(run, scoring),
@@ -55,20 +57,22 @@ def _measured(run: Run, scoring: dict[int, float]) -> float | None:
     timed, full, shorter = run.steps[1:], ("full", "anchor"), SHORTER
     of_full = _median((s.seconds - scoring.get(s.index, 0.0)) / s.full_flops for s in timed if s.kind in full)
     of_shorter = _median(s.seconds / s.flops for s in timed if s.kind in shorter)
-    if not of_full or not of_shorter:
+    skipped = [s.seconds for s in run.steps if s.extrapolated]
+    if not of_full or not (of_shorter or skipped):
         return None
-    took = sum(s.full_flops * of_full if s.kind in full else s.flops * of_shorter for s in run.steps)
-    return sum(s.full_flops for s in run.steps) * of_full / (took + sum(scoring.values()))
+    took = sum(s.full_flops * of_full if s.kind in full else s.flops * (of_shorter or 0.0) for s in run.steps)
+    return sum(s.full_flops for s in run.steps) * of_full / (took + sum(skipped) + sum(scoring.values()))
 
 
 def summary(run: Sampled) -> str:
     """One line for the log: what was kept, and what a full and a shorter step took."""
     if not isinstance(run, Run):
         return str(run)
-    why = why_nothing(run)
+    why, f = why_nothing(run), figures(run)
+    skipped = f"; {f.skipped} of {len(run.steps)} steps were skipped" * bool(f.skipped) + _noise(run)
     if why:
-        return f"nothing was {run.verb}: {why}"
-    f, shares = figures(run), dict[int, list[float]]()
+        return f"nothing was {run.verb}: {why}{skipped}"
+    shares = dict[int, list[float]]()
     for anchor in run.anchors:
         shares.setdefault(anchor.step, []).append(anchor.share)
     kept = ", ".join(f"{sum(each) / len(each):.0%}" for each in shares.values())
@@ -77,7 +81,11 @@ def summary(run: Sampled) -> str:
         text += f"; a full step took {f.full_seconds:.3f} s, a {run.verb} one {f.shorter_seconds:.3f} s"
     if run.cache_bytes:
         text += f"; {run.cache_bytes / 1e6:.0f} MB of keys and values were kept"
-    return text
+    return text + skipped
+
+
+def _noise(run: Run) -> str:
+    return "; no step was skipped, as the sampler adds noise of its own" * run.noisy
 
 
 def _median(values: Iterable[float]) -> float | None:
@@ -97,13 +105,15 @@ def why_nothing(run: Run) -> str | None:
     if not run.anchors:
         if kinds == {"skipped"}:
             return "a cache skipped every step"
-        if s.anchors.first_anchor >= steps:
-            return f"too few steps: the first anchor is step {s.anchors.first_anchor}, and the run has {steps}"
+        if s.first_anchor(steps) >= steps:
+            return f"too few steps: the first anchor is step {s.first_anchor(steps)}, and the run has {steps}"
         window = f"start_percent {s.anchors.start_percent:g} and end_percent {s.anchors.end_percent:g}"
         return f"outside the window: no step lies between {window}"
     if kinds.isdisjoint(SHORTER):
-        if "skipped" in kinds:
+        if any(step.kind == "skipped" and not step.extrapolated for step in run.steps):
             return "a cache skipped every step but the anchors"
+        if any(step.extrapolated for step in run.steps):
+            return "every step that was not skipped was an anchor"
         if s.update_interval == 1 and steps > 1:
             return "update_interval is 1, so every step is an anchor and runs in full"
         return f"too few steps: of {steps}, none is left after the anchor"
@@ -123,7 +133,10 @@ def text(run: Run) -> str:
     lines = [f"{run.model.family}, {run.model.depth} layers: {_scored_in(run)}{pruned}"]
     how = "forecast, " * s.reuse.forecast if reuse else f"tau {s.tau:g}, "
     metric = "" if reuse and s.keeps_all else f", {s.keep.metric.name}"
-    lines.append(f"mode {s.mode}, {how}update_interval {s.update_interval} ({s.spacing}){metric}")
+    spacing = "computed steps" if s.tolerance else s.spacing
+    lines.append(
+        f"mode {s.mode}, {how}update_interval {s.update_interval} ({spacing}), tolerance {s.tolerance:g}{metric}"
+    )
     if run.found_at is not None:
         lines.append("ToPi Calibrate and ToPi Save Profile find the layers on more images, and keep them.")
     why = why_nothing(run)
@@ -132,7 +145,10 @@ def text(run: Run) -> str:
     if run.anchors:
         lines += ["", *_aligned(_anchor_rows(run))]
     if run.steps:
-        lines += ["", *_aligned(_step_rows(figures(run), run.verb, shorter=why is None))]
+        f = figures(run)
+        lines += ["", *_aligned(_step_rows(f, run.verb, saved=why is None or f.skipped > 0))]
+    if run.noisy:
+        lines += ["", "No step was skipped, as the sampler adds noise of its own: there is no line to go on."]
     if run.cache_bytes:
         took = f"The kept keys and values took {run.cache_bytes / 1e6:,.1f} MB, until the run's end"
         forecast = "; from the second anchor on they were forecast" * run.forecast
@@ -171,17 +187,18 @@ def _anchor_rows(run: Run) -> list[list[str]]:
     return rows
 
 
-def _step_rows(f: Figures, word: str, shorter: bool) -> list[list[str]]:
-    rest = [f"{count} {kind}" for count, kind in ((f.full, "full"), (f.skipped, "skipped by a cache")) if count]
+def _step_rows(f: Figures, word: str, saved: bool) -> list[list[str]]:
+    counts = ((f.full, "full"), (f.skipped, "skipped"), (f.cached, "skipped by a cache"))
+    rest = [f"{count} {kind}" for count, kind in counts if count]
     steps = ", ".join([f"{f.anchors} anchor{'s' * (f.anchors != 1)}", f"{f.shorter} {word}", *rest])
     full = f"{f.full_seconds:.3f} s" if f.full_seconds else "not timed: only the first, which pays for loading"
     rows = [["steps", steps], ["full step", full]]
     if f.shorter_seconds:
         rows.append([f"{word} step", f"{f.shorter_seconds:.3f} s"])
-    if shorter and f.measured and f.full_seconds and f.shorter_seconds:
-        step = f.full_seconds / f.shorter_seconds
-        rows.append(["speed-up", f"{f.measured:.2f}x the whole run, {step:.2f}x a {word} step"])
-    if shorter:
+    if saved and f.measured and f.full_seconds:
+        step = f", {f.full_seconds / f.shorter_seconds:.2f}x a {word} step" if f.shorter_seconds else ""
+        rows.append(["speed-up", f"{f.measured:.2f}x the whole run{step}"])
+    if saved:
         rows.append(["predicted", f"{f.predicted:.2f}x the whole run, by the count of operations"])
     if f.scoring_seconds:
         rows.append(["scoring", f"{1000 * f.scoring_seconds:.1f} ms an anchor, {f.scoring_share:.2%} of the run"])

@@ -52,6 +52,11 @@ class Step:
     flops: int = 0  # operations of an image in all calls (`cost.call_flops`)
     full_flops: int = 0  # if every call computed the whole sequence
 
+    @property
+    def extrapolated(self) -> bool:
+        """Whether ToPi skipped it (`savings.skip`); of a step that a cache skipped no call is known."""
+        return self.kind == "skipped" and self.full_flops > 0
+
 
 @dataclass(kw_only=True)
 class Sampled:

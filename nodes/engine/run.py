@@ -1,13 +1,13 @@
 """One sampling run: which plan each call of the network gets. Made when the run starts, and gone when it ends."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from torch import Tensor, nn
 
 from ...topi_core.plan import Call, CondKey, Plan, Saving
-from ...topi_core.references import References
+from ...topi_core.references import References, ReferenceSet
 from ...topi_core.savings.skip import Skip
 from ...topi_core.schedule import Schedule
 from ...topi_core.trace import Run, Sampled
@@ -32,6 +32,7 @@ class Engine:
     schedule: Schedule | None = None
     skip: Skip | None = None
     ran: int = 0  # calls in which the network was computed
+    computed: set[int] = field(default_factory=set)  # steps of these
     full_flops: int = 0  # of a step's last evaluation that ran, had every call of it computed everything
 
     def __post_init__(self) -> None:
@@ -50,9 +51,9 @@ class Engine:
 
     def planned(self, sigmas: Tensor) -> Schedule:
         if self.schedule is None:
-            s = self.run.settings
-            known = tuple(sigmas.tolist())
-            self.schedule = Schedule(known, s.update_interval, s.anchors.first_anchor, *self.window, s.spacing)
+            s, known = self.run.settings, tuple(sigmas.tolist())
+            first = s.first_anchor(len(known) - 1)
+            self.schedule = Schedule(known, s.update_interval, first, *self.window, s.spacing)
         return self.schedule
 
     def sigma(self, sigmas: Tensor) -> float:
@@ -62,7 +63,7 @@ class Engine:
         return self._sigma[1]
 
     def predict(self, executor, x: Tensor, timestep: Tensor, options: dict, *rest) -> Tensor:
-        """The guided model's picture: its own, or the one that `skip` extrapolates where no anchor is due."""
+        """The guided model's picture: its own, or the one that `skip` extrapolates."""
         run = partial(executor, x, timestep, options, *rest)
         tolerance, planned = self.run.settings.tolerance, options.get("transformer_options", {}).get("sample_sigmas")
         if not tolerance or planned is None:
@@ -72,7 +73,7 @@ class Engine:
             self.skip = Skip(self.run, tolerance, schedule.sigmas)
         step = schedule.step(sigma)
         ahead = schedule.sigmas[step + 1]
-        answer = self.skip.answer(x, sigma, ahead, self._due(schedule, step, sigma))
+        answer = self.skip.answer(x, sigma, ahead)
         if answer is not None:
             self.recorder.begin(step, sigma)
             self.recorder.skip(self.full_flops)
@@ -85,11 +86,13 @@ class Engine:
         self.full_flops = self.recorder.full_flops - counted
         return self.skip.saw(x, sigma, ahead, denoised)
 
-    def _due(self, schedule: Schedule, step: int, sigma: float) -> bool:
-        """Whether a step has to be computed because its references want to be."""
-        if not schedule.active(sigma):
-            return False
-        return any(each.anchor is None or schedule.due(step, each.anchor[0]) for each in self.references.sets)
+    def _due(self, each: ReferenceSet, step: int, schedule: Schedule) -> bool:
+        """Whether a set of references needs an anchor; where steps may be skipped, update_interval counts the others."""
+        if each.anchor is None or not self.run.settings.tolerance:
+            return schedule.due(step, each.anchor and each.anchor[0])
+        last = each.anchor[0]
+        since = sum(last < other for other in {*self.computed, step})
+        return step < last - 1 or since >= self.run.settings.update_interval
 
     def begin(self, given: Arguments) -> tuple[Plan, Call]:
         """Decides what a call of the network computes."""
@@ -107,8 +110,8 @@ class Engine:
     def _plan(self, call: Call, schedule: Schedule) -> Plan:
         if not schedule.active(call.sigma):
             return Plan()
-        last = [each.anchor[0] if each.anchor else None for each in call.sets]
-        if not any(at == call.step or schedule.due(call.step, at) for at in last):
+        anchors = [each.anchor is not None and each.anchor[0] == call.step for each in call.sets]
+        if not any(anchors) and not any(self._due(each, call.step, schedule) for each in call.sets):
             plan = Plan()
             if all([saving.apply(plan, call) for saving in self.savings]):
                 return plan
@@ -121,6 +124,7 @@ class Engine:
         if not call.computed:
             return
         self.ran += 1
+        self.computed.add(call.step)
         if plan.kind == "anchor":
             self.references.settle([each for each in call.sets if each.anchor and each.anchor[0] != call.step])
         for saving in self.savings:

@@ -98,7 +98,7 @@ def pack_module(name: str):
 
 
 CACHE = {"reuse_threshold": 1.2, "start_percent": 0.1, "end_percent": 0.95}  # of EasyCache and LazyCache
-PAPER = {"mode": "prune"}
+PAPER = {"mode": "prune", "tolerance": 0.0}
 
 
 def patch(model, **inputs) -> tuple:

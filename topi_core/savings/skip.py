@@ -1,11 +1,11 @@
 """Skip: a step whose velocity can be extrapolated is not computed, and what that cost is put right at the next one.
 
 Between two computed steps the velocity of a rectified flow is nearly a straight line in sigma. How far it is from one
-is seen for nothing: at each computed step the line through the two before it is compared with the truth. A line through
-sigmas a and b misses c (s - a) (s - b) at s, c being half the second derivative: one comparison tells c, and c tells what
-the next steps would miss. As an adaptive solver of differential equations does, ToPi computes a step when its error would
-exceed the tolerance. When it does, a parabola through the newest three computed steps tells what the skipped ones should
-have been, and with a sampler that goes straight ahead (Euler's) the difference is given back in the same step.
+is seen for nothing: at each computed step the line through the two before it is compared with the truth. A line
+through sigmas a and b misses c (s - a) (s - b) at s, c being half the second derivative: one comparison tells c, and c
+tells what the next steps would miss. As an adaptive solver of differential equations does, ToPi computes a step when
+its error would exceed the tolerance. Then a parabola through the newest three computed steps tells what the skipped
+ones should have been, and with a sampler that goes straight ahead (Euler's) the difference is given back at once.
 
 The velocity is that of the guided model, (x - denoised) / sigma, so that prompts, areas and CFG are one thing. Axes: I
 images; everything else of a latent is its own.
@@ -54,14 +54,12 @@ class Skip:
     move: Tensor | None = None  # of the latent by sigma, between the last two calls
     straight: int = 0  # calls in a row to which Euler's method has led
 
-    def answer(self, x: Tensor, sigma: float, ahead: float, due: bool = False) -> Tensor | None:
+    def answer(self, x: Tensor, sigma: float, ahead: float) -> Tensor | None:
         """The picture [I, ...] that the guided model would see in the latent x; None: the model has to be asked.
 
-        ahead: the sigma that the sampler goes to from here. due: the step has to be computed anyway.
+        ahead: the sigma that the sampler goes to from here.
         """
         self._follow(x, sigma)
-        if due:
-            return None
         error = self.error(sigma, ahead)
         if error is None or error > self.tolerance or self.run.noisy:
             return None
