@@ -112,9 +112,9 @@ def why_nothing(run: Run) -> str | None:
     if kinds.isdisjoint(SHORTER):
         if any(step.kind == "skipped" and not step.extrapolated for step in run.steps):
             return "a cache skipped every step but the anchors"
-        if any(step.extrapolated for step in run.steps):
-            return "every step that was not skipped was an anchor"
-        if s.update_interval == 1 and steps > 1:
+        if run.interval == 1 and not s.anchors.update_interval:
+            return "in a long run with few reference tokens, skipping steps brings more"
+        if run.interval == 1 and steps > 1:
             return "update_interval is 1, so every step is an anchor and runs in full"
         return f"too few steps: of {steps}, none is left after the anchor"
     if s.mode == "prune" and all(anchor.share == 1 for anchor in run.anchors):
@@ -135,7 +135,7 @@ def text(run: Run) -> str:
     metric = "" if reuse and s.keeps_all else f", {s.keep.metric.name}"
     spacing = "computed steps" if s.tolerance else s.spacing
     lines.append(
-        f"mode {s.mode}, {how}update_interval {s.update_interval} ({spacing}), tolerance {s.tolerance:g}{metric}"
+        f"mode {s.mode}, {how}update_interval {run.interval or s.update_interval} ({spacing}), tolerance {s.tolerance:g}{metric}"
     )
     if run.found_at is not None:
         lines.append("ToPi Calibrate and ToPi Save Profile find the layers on more images, and keep them.")

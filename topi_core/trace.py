@@ -77,6 +77,7 @@ class Run(Sampled):
     settings: Settings
     patch: int = 1  # cells of a latent along one side of a token
     cell_pixels: int = 8  # pixels of the image along one side of a cell
+    interval: int = 0  # computed steps from anchor to anchor, once there is a reference
     reference_tokens: int = 0  # the most that a call of the network had, whether or not they were ever scored
     cache_bytes: int = 0  # the most that kept keys and values took
     forecast: bool = False  # whether these were extrapolated

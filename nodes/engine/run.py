@@ -87,12 +87,12 @@ class Engine:
         return self.skip.saw(x, sigma, ahead, denoised)
 
     def _due(self, each: ReferenceSet, step: int, schedule: Schedule) -> bool:
-        """Whether a set of references needs an anchor; where steps may be skipped, update_interval counts the others."""
+        """Whether references need an anchor; where steps may be skipped, update_interval counts the others."""
         if each.anchor is None or not self.run.settings.tolerance:
             return schedule.due(step, each.anchor and each.anchor[0])
         last = each.anchor[0]
         since = sum(last < other for other in {*self.computed, step})
-        return step < last - 1 or since >= self.run.settings.update_interval
+        return step < last - 1 or since >= self.run.interval
 
     def begin(self, given: Arguments) -> tuple[Plan, Call]:
         """Decides what a call of the network computes."""
@@ -104,6 +104,8 @@ class Engine:
         sets = self.references.find(conds, given.references, layout, self.images) if given.references else []
         memory = self.memory(given.latent, given.references, len(conds))
         steps, device = len(schedule.sigmas) - 1, given.latent.device
+        if sets and not self.run.interval:
+            self.run.interval = self.run.settings.interval(steps, layout)
         call = Call(step, sigma, layout, conds, self.images, device, sets, given.text_leaves, memory, steps=steps)
         return self._plan(call, schedule), call
 

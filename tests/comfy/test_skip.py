@@ -216,3 +216,14 @@ def test_a_run_leaves_nothing_behind(positive):
     once = sample(model, positive, latent=empty(FLUX1), steps=8)
     assert torch.equal(once, sample(model, positive, latent=empty(FLUX1), steps=8))
     assert len(kinds(trace)) == 8
+
+
+@pytest.mark.parametrize(("references", "steps", "interval"), [(1, 12, 1), (2, 12, 2), (1, 8, 2)])
+def test_the_own_interval_of_reuse(references, steps, interval):
+    """Where every computed step is an anchor, no key and no value is kept."""
+    model, trace = patch(shared(FLUX1), mode="reuse", tolerance=0.05)
+    positive = conditioning(FLUX1, [latent(FLUX1, seed=i) for i in range(references)])
+    sample(model, positive, latent=empty(FLUX1), steps=steps)
+    run = last_run(trace)
+    assert run.interval == interval
+    assert ("reused" in kinds(trace)) == (run.cache_bytes > 0) == (interval == 2)

@@ -28,6 +28,8 @@ class Reuse(Saving):
         self.cuts: dict[tuple, Cut] = {}  # until the next anchor
 
     def observe(self, plan: Plan, call: Call) -> bool:
+        if self.run.interval == 1:
+            return True  # every step that is computed is an anchor: nothing would be read
         assert call.memory is not None
         text = call.layout.text_tokens if self.text and call.text_leaves else 0
         size = call.images * call.memory.size(text + call.layout.reference_tokens)
@@ -58,7 +60,7 @@ class Reuse(Saving):
         return True
 
     def commit(self, plan: Plan, call: Call, output: Tensor) -> None:
-        if plan.kind != "anchor":
+        if plan.kind != "anchor" or self not in plan.notes:
             return
         self.cuts.clear()
         for cond, cache in zip(call.conds, plan.notes[self], strict=True):
