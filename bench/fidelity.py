@@ -28,6 +28,7 @@ from topi_demo.provenance import read, setting
 from topi_demo.runtime import load_pack, patch
 
 from .baselines import BASELINES
+from .lpips import lpips
 from .scenarios import FEWER, PANELS, SCENARIOS, Panel, Scenario
 
 RESULTS = Path(__file__).resolve().parent / "results" / "fidelity.jsonl"
@@ -70,7 +71,8 @@ def measure(scenarios: Iterable[Scenario], panels: Iterable[Panel], count: int, 
                 yield {
                     "what": "fidelity", "scenario": s.key, "panel": panel.name, "kind": kind, "edits": number,
                     "inputs": s.inputs, "psnr": _values(psnr(image, fulls[of]).clamp(max=100), 2),
-                    "ssim": _values(ssim(image, fulls[of]), 4), **_record(s, trace, len(parts)),
+                    "ssim": _values(ssim(image, fulls[of]), 4),
+                    "lpips": _values(lpips(image, fulls[of]), 4), **_record(s, trace, len(parts)),
                     "seconds": round(time.monotonic() - started, 1), **where,
                 }  # fmt: skip
 

@@ -134,9 +134,8 @@ def text(run: Run) -> str:
     how = "forecast, " * s.reuse.forecast if reuse else f"tau {s.tau:g}, "
     metric = "" if reuse and s.keeps_all else f", {s.keep.metric.name}"
     spacing = "computed steps" if s.tolerance else s.spacing
-    lines.append(
-        f"mode {s.mode}, {how}update_interval {run.interval or s.update_interval} ({spacing}), tolerance {s.tolerance:g}{metric}"
-    )
+    every = f"update_interval {run.interval or s.update_interval} ({spacing})"
+    lines.append(f"mode {s.mode}, {how}{every}, tolerance {s.tolerance:g}{metric}")
     if run.found_at is not None:
         lines.append("ToPi Calibrate and ToPi Save Profile find the layers on more images, and keep them.")
     why = why_nothing(run)
