@@ -48,6 +48,7 @@ def test_a_bad_value_is_one_sentence(part, wrong, sentence):
 
 
 ONE, TWO = (Layout(6, (4, 4), ((4, 4),) * references) for references in (1, 2))
+SHAPES = Layout(6, (64, 64), ((64, 64), (55, 74)))  # of about as many pixels
 
 
 @pytest.mark.parametrize(
@@ -57,6 +58,7 @@ ONE, TWO = (Layout(6, (4, 4), ((4, 4),) * references) for references in (1, 2))
         (dict(tolerance=0.05), 12, ONE, 1),
         (dict(tolerance=0.05), 11, ONE, 2),  # too short to skip much
         (dict(tolerance=0.05), 20, TWO, 2),  # much to save at each computed step
+        (dict(tolerance=0.05), 20, SHAPES, 2),
         (dict(), 20, ONE, 2),  # nothing is skipped
         (dict(tolerance=0.05, anchors=AnchorSettings(update_interval=5)), 20, ONE, 5),
         (dict(tolerance=0.05, mode="prune"), 20, ONE, 10),
