@@ -25,10 +25,11 @@ from .speed import ARCHITECTURES, CallTimes, network
 
 RESULTS = Path(__file__).resolve().parent / "results" / "runs.jsonl"
 WAYS = {
-    "reuse": dict(mode="reuse"),
-    "reuse, text computed": dict(mode="reuse", reuse_text=False, spacing="steps", update_interval=3),
-    "prune": dict(mode="prune", min_keep=0.5, max_keep=0.5),
+    "reuse": dict(mode="reuse", tolerance=0.0),
+    "reuse, text computed": dict(mode="reuse", tolerance=0.0, reuse_text=False, spacing="steps", update_interval=3),
+    "prune": dict(mode="prune", tolerance=0.0, min_keep=0.5, max_keep=0.5),
 }
+"""Without skipped steps: how well the course of random weights can be extrapolated says nothing of a model's."""
 FEWER = "fewer steps"
 
 

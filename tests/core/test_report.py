@@ -11,7 +11,9 @@ from topi_core.report import describe, figures, summary, text, why_nothing
 from topi_core.trace import Anchor, Run, Step
 
 
-def run(kinds, kept=(3, 1), references=((2, 2),), layers=(3,), profile="", mode="prune", anchors=None, tolerance=0.0, **keep):
+def run(
+    kinds, kept=(3, 1), references=((2, 2),), layers=(3,), profile="", mode="prune", anchors=None, tolerance=0.0, **keep
+):
     """A run whose anchors keep these numbers of the 4 tokens, one per picture; the first step pays for loading.
 
     "extrapolated" steps are those that ToPi skips, "skipped" those of a cache.
