@@ -143,7 +143,7 @@ def compare_reuse(
     **sampling,
 ) -> tuple[Tensor, object]:
     """Samples in the mode "reuse" with ToPi Patch and with the oracle: the same tokens, and the same image."""
-    inputs = {"max_keep": 0.6, "update_interval": 3} | (inputs or {})
+    inputs = {"max_keep": 0.6, "update_interval": 3, "reuse_text": True} | (inputs or {})
     patched, trace = patch(model, mode="reuse", spacing="steps", **layer_inputs(family) | inputs)
     image = sample(patched, positive, negative, **sampling)
     oracle = ReuseOracle(family, **inputs)

@@ -133,7 +133,7 @@ def test_a_mask_that_another_patch_puts_on_inside():
         return model
 
     positive, start = conditioning(FLUX1, [latent(FLUX1)]), empty(FLUX1)
-    inputs = {"max_keep": 0.6, "update_interval": 3}
+    inputs = {"max_keep": 0.6, "update_interval": 3, "reuse_text": True}
     patched, trace = patch(shared(FLUX1), mode="reuse", spacing="steps", **layer_inputs(FLUX1), **inputs)
     image = sample(masked(patched), positive, latent=start)
     expected = sample(masked(ReuseOracle(FLUX1, **inputs).attach(shared(FLUX1))), positive, latent=start)
@@ -154,9 +154,10 @@ def test_qwen_2511_with_its_own_reference_method():
 
 
 def test_anchors_spaced_by_sigma():
-    """The default of this mode, on a schedule that is far from even."""
+    """On a schedule that is far from even."""
     positive, start = conditioning(FLUX1, [latent(FLUX1)]), empty(FLUX1)
-    patched, trace = patch(shared(FLUX1), mode="reuse", max_keep=0.6, update_interval=3, **layer_inputs(FLUX1))
+    inputs = {"mode": "reuse", "max_keep": 0.6, "update_interval": 3, "spacing": "sigma", "reuse_text": True}
+    patched, trace = patch(shared(FLUX1), **inputs, **layer_inputs(FLUX1))
     image = sample(patched, positive, latent=start, steps=9, scheduler="beta")
     anchors = tuple(step.index for step in last_run(trace).steps if step.kind == "anchor")
     assert len(anchors) == 3 and anchors != (0, 3, 6)

@@ -25,7 +25,7 @@ from sampling import (
 )
 from small_models import FAMILIES, FLUX1, FLUX2, HIDDEN, QWEN, SmallControl, load, shared, with_lora
 
-REUSE = {"mode": "reuse", "max_keep": 0.6, "update_interval": 3}
+REUSE = {"mode": "reuse", "max_keep": 0.6, "update_interval": 3, "reuse_text": True}
 
 
 def caches_alive() -> int:
@@ -286,7 +286,7 @@ def test_caches_that_skip_steps(cache, order, max_keep, forecast):
 
     The oracle does not see skipped steps, so it cannot know whether a choice was made that none of them used.
     """
-    family, inputs = FLUX1, {"max_keep": max_keep, "update_interval": 3, "forecast": forecast}
+    family, inputs = FLUX1, {"max_keep": max_keep, "update_interval": 3, "forecast": forecast, "reuse_text": True}
     positive, negative = conditioning(family, [latent(family)]), conditioning(family, [latent(family)], seed=1)
     sampling = dict(latent=empty(family), cfg=1.5, steps=16)
     model = shared(family)
