@@ -52,7 +52,7 @@ def workflow(tmp_path):
         "4": node("CLIPTextEncode", "Prompt", text="keep the image", clip=["1", 1]),
         "5": node("ReferenceLatent", conditioning=["4", 0], latent=["3", 0]),
         "6": node("EmptySD3LatentImage", width=128, height=128, batch_size=1),
-        "7": node("ToPiPatch", model=["1", 0], mode="prune", update_interval=10, tau=0.5),
+        "7": node("ToPiPatch", model=["1", 0], mode="prune", update_interval=10, tolerance=0.0, tau=0.5),
         "8": node(
             "KSampler", model=["7", 0], positive=["5", 0], negative=["5", 0], latent_image=["6", 0], seed=1, steps=2,
             cfg=1.0, sampler_name="euler", scheduler="simple", denoise=1.0,

@@ -25,7 +25,7 @@ def server(tmp_path_factory):
 def prompt(server):
     """Two references, two anchors in four steps."""
     instruction = "put the star of the second image into the first"
-    workflow = variant(json.loads(WORKFLOW.read_text("utf-8")), 1, instruction, Way("prune", tau=0.6))
+    workflow = variant(json.loads(WORKFLOW.read_text("utf-8")), 1, instruction, Way("prune", tolerance=0.0, tau=0.6))
     nodes = to_prompt(workflow, server.object_info())
     for node in nodes.values():
         if node["class_type"] == "KSampler":

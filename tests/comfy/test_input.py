@@ -19,6 +19,7 @@ PATCH = {  # id: (type, default, lowest, highest, optional); workflows that peop
     "model": ("MODEL", None, None, None, False),
     "mode": ("COMBO", "reuse", None, None, False),
     "update_interval": ("INT", 0, 0, 1000, False),
+    "tolerance": ("FLOAT", 0.05, 0, 1, False),
     "tau": ("FLOAT", 0.85, 0, 1, False),
     "settings": ("TOPI_SETTINGS", None, None, None, True),
 }
@@ -34,7 +35,7 @@ SETTINGS = {
     "metric": ("COMBO", "influence", None, None, False),
     "spacing": ("COMBO", "auto", None, None, False),
     "forecast": ("BOOLEAN", True, None, None, False),
-    "reuse_text": ("BOOLEAN", True, None, None, False),
+    "reuse_text": ("BOOLEAN", False, None, None, False),
 }
 
 
@@ -72,20 +73,21 @@ def settings_of(patched):
 def test_the_node_alone_is_the_node_with_the_defaults_of_its_settings():
     alone, _ = run_node("ToPiPatch", model=shared(FLUX1))
     connected, _ = run_node("ToPiPatch", model=shared(FLUX1), settings=run_node("ToPiSettings")[0])
-    assert settings_of(alone) == settings_of(connected) == settings_of(patch(shared(FLUX1), mode="reuse")[0])
+    assert settings_of(alone) == settings_of(connected)
+    assert settings_of(alone) == settings_of(patch(shared(FLUX1), mode="reuse", tolerance=0.05)[0])
     assert run_node("ToPiSettings") == (pack_module("topi_core.config").Settings(),)
 
 
 def test_reuse_keeps_every_token_whatever_tau_says():
     told = settings_of(patch(shared(FLUX1), mode="reuse", tau=0.3)[0])
-    assert told.keeps_all and (told.tau, told.update_interval, told.spacing) == (1.0, 5, "sigma")
+    assert told.keeps_all and (told.tau, told.update_interval, told.spacing) == (1.0, 2, "steps")
     assert not settings_of(patch(shared(FLUX1), mode="reuse", max_keep=0.5)[0]).keeps_all
 
 
-def test_whoever_switches_to_prune_has_the_paper_s_method_with_its_settings():
+def test_prune_without_a_tolerance_is_the_paper_s_method_with_its_settings():
     """Given in full: Eq. 9 to 12 with tau 0.85, anchors every 10 steps from the first on, and the exempt layers."""
     positive, start = conditioning(FLUX1, [latent(FLUX1)]), empty(FLUX1)
-    switched, trace = run_node("ToPiPatch", model=shared(FLUX1), mode="prune")
+    switched, trace = run_node("ToPiPatch", model=shared(FLUX1), mode="prune", tolerance=0.0)
     image = sample(switched, positive, latent=start, steps=12)
     layers = ",".join(map(str, last_run(trace).layers))
     paper = dict(
@@ -120,6 +122,8 @@ def test_whoever_switches_to_prune_has_the_paper_s_method_with_its_settings():
         ({"spacing": "even"}, "even", "sigma"),
         ({"tau": 1.3}, "1.3", "1"),
         ({"tau": -0.1}, "-0.1", "0"),
+        ({"tolerance": 1.5}, "1.5", "1"),
+        ({"tolerance": float("nan")}, "nan", "1"),
         ({"tau": float("nan")}, "nan", "1"),
         ({"update_interval": -1}, "-1", "1000"),
         ({"update_interval": 1001}, "1001", "1000"),

@@ -116,7 +116,7 @@ def test_a_run_goes_only_where_it_is_saved(folders):
 
 def cached_as(profile: str | None) -> object:
     """What ComfyUI's cache knows ToPi Patch by, with ToPi Settings in front of it where a profile is given."""
-    inputs = {"mode": "prune", "update_interval": 0, "tau": 0.85}
+    inputs = {"mode": "prune", "update_interval": 0, "tolerance": 0.0, "tau": 0.85}
     prompt = {"1": {"class_type": "ToPiPatch", "inputs": inputs}}
     if profile is not None:
         fields = nodes.NODE_CLASS_MAPPINGS["ToPiSettings"].GET_SCHEMA().inputs

@@ -27,7 +27,7 @@ def queue(server, object_info):
     """Queue the quickstart -> the edited image [H, W, 3] and the outputs by node type."""
 
     def queue(instruction, seed=1, topi=True, tau=0.85, steps=3):
-        way = Way("prune", tau=tau) if topi else None
+        way = Way("prune", tolerance=0.0, tau=tau) if topi else None
         workflow = variant(json.loads(WORKFLOW.read_text(encoding="utf-8")), seed, instruction, way)
         prompt = to_prompt(workflow, object_info)
         for node in prompt.values():
