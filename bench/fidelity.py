@@ -164,6 +164,19 @@ class Results:
                 lines.append(f"| {s.key} | " + " | ".join(self._cell(s, p) for p in panels) + " |")
         return "\n".join(lines)
 
+    def perceived(self, scenarios: Iterable[Scenario], panels: tuple[str, ...]) -> str:
+        """SSIM and LPIPS to the full run, the means."""
+        panels = tuple(p for p in panels if any(self.has(s, p) for s in scenarios))
+        lines = ["| SSIM, LPIPS | " + " | ".join(panels) + " |", "|---" * (len(panels) + 1) + "|"]
+        for s in scenarios:
+            if any(self.has(s, p) for p in panels):
+                cells = (
+                    f"{fmean(self.values(s, p, 'ssim')):.3f}, {fmean(self.values(s, p, 'lpips')):.3f}"
+                    if self.has(s, p) else "" for p in panels
+                )  # fmt: skip
+                lines.append(f"| {s.key} | " + " | ".join(cells) + " |")
+        return "\n".join(lines)
+
     def _cell(self, s: Scenario, panel: str) -> str:
         if not self.has(s, panel):
             return ""
