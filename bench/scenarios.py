@@ -151,4 +151,5 @@ FEW: tuple[Scenario, ...] = (
     *line("ToPi", {f"tolerance {t:g}": {"tolerance": t} for t in (0.0, 0.05)}, steps=4),
 )
 """Runs of few steps, as distilled models make them."""
+SETS = {"main": MAIN, "tokens": TOKENS, "few": FEW}
 SCENARIOS = (*MAIN, *TOKENS, *FEW)
