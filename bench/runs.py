@@ -1,6 +1,6 @@
 """Whole runs of ComfyUI's sampler on full-size architectures with random weights: `python -m bench.runs`.
 
-In turn and over again: the run without ToPi; ToPi by default, and each saving alone; plain fewer steps, as many as cost
+In turn and over again: the run without ToPi; ToPi's savings, each alone; plain fewer steps, as many as cost
 what reuse costs; the run without references. Beside every ratio of whole runs stands the cost model's (appendix F),
 with the peak of the GPU's memory. Weights mean nothing here: prune keeps a fixed share. Rows are written as they are
 measured.
@@ -27,11 +27,11 @@ from .speed import ARCHITECTURES, CallTimes, network
 RESULTS = Path(__file__).resolve().parent / "results" / "runs.jsonl"
 COMPUTED = {"tolerance": 0.0}  # every step
 WAYS = {
-    "ToPi": dict(mode="reuse"),
     "reuse": COMPUTED | dict(mode="reuse", update_interval=5, spacing="sigma", reuse_text=True),
     "reuse, text computed": COMPUTED | dict(mode="reuse", update_interval=3),
     "prune": COMPUTED | dict(mode="prune", min_keep=0.5, max_keep=0.5),
 }
+"""Without skipped steps: how well the course of random weights can be extrapolated says nothing of a model's."""
 FEWER = "fewer steps"
 
 

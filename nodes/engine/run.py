@@ -25,7 +25,7 @@ class Engine:
     network: nn.Module
     savings: Sequence[Saving]
     references: References
-    window: tuple[float, float]  # of sigma, in which anchors stand
+    window: tuple[float, float]  # of sigma, in which anchors stand and steps may be skipped
     images: int  # latents in the batch that is sampled
     memory: Callable[[Tensor, Sequence[Tensor], int], CallMemory]
     compiled: Compiled | None = None
@@ -73,7 +73,7 @@ class Engine:
             self.skip = Skip(self.run, tolerance, schedule.sigmas)
         step = schedule.step(sigma)
         ahead = schedule.sigmas[step + 1]
-        answer = self.skip.answer(x, sigma, ahead)
+        answer = self.skip.answer(x, sigma, ahead, schedule.inside(sigma))
         if answer is not None:
             self.recorder.begin(step, sigma)
             self.recorder.skip(self.full_flops)
