@@ -30,7 +30,9 @@ EXTRA_NODES = ("context_windows", "easycache", "torch_compile", "custom_sampler"
 COUNT = ("latent", "kinds", "kept")  # of a row: what must not differ
 
 PRUNE = {"mode": "prune", "tau": 0.8, "update_interval": 3}
-REUSE = {"mode": "reuse", "tau": 1.0, "update_interval": 3}  # this mode has no other tau any more
+REUSE = {  # this mode has no other tau any more; the others were its defaults once
+    "mode": "reuse", "tau": 1.0, "update_interval": 3, "spacing": "sigma", "reuse_text": True,
+}  # fmt: skip
 MODES = {"prune": PRUNE, "reuse": REUSE}
 HALF = {"min_keep": 0.5, "max_keep": 0.5}
 SOME = {"min_keep": 0.6, "max_keep": 0.6}
@@ -108,8 +110,12 @@ def run_node(name: str, /, **inputs) -> tuple:
 
 
 def patch(model, **inputs) -> tuple:
-    """ToPi Patch -> (model, trace); what it has no input for goes by way of ToPi Settings."""
+    """ToPi Patch -> (model, trace); what it has no input for goes by way of ToPi Settings.
+
+    No step is skipped unless a tolerance is given, which older checkouts do not have.
+    """
     known = inputs_of("ToPiPatch")
+    inputs = ({"tolerance": 0.0} if "tolerance" in known else {}) | inputs
     more = {name: value for name, value in inputs.items() if name not in known}
     inputs = {name: value for name, value in inputs.items() if name in known}
     if more:

@@ -182,12 +182,16 @@ def load(checkout: Path) -> tuple[dict[str, type], dict]:
 
 
 def patch(known: dict[str, type], model, **inputs):
-    """ToPi Patch; what it has no input for goes by way of ToPi Settings, where a checkout has that node."""
+    """ToPi Patch; what it has no input for goes by way of ToPi Settings, where a checkout has that node.
+
+    No step is skipped: a checkout without the input `tolerance` never does.
+    """
 
     def run(name: str, given: dict):
         return known[name].execute(**{k: v for k, v in _inputs(known[name]).items() if v is not None} | given).result[0]
 
     mine = _inputs(known["ToPiPatch"])
+    inputs = ({"tolerance": 0.0} if "tolerance" in mine else {}) | inputs
     rest = {name: value for name, value in inputs.items() if name not in mine}
     own = {name: value for name, value in inputs.items() if name in mine}
     return run("ToPiPatch", {"model": model} | own | ({"settings": run("ToPiSettings", rest)} if rest else {}))
@@ -213,7 +217,7 @@ def prepared(known: dict[str, type], case: Case) -> dict:
     whole, kept_rows = latent(case.cells), round(case.cells // flux.patch_size * KEPT) * flux.patch_size
     share = kept_rows / case.cells
     common = dict(update_interval=INTERVAL, profile="auto", layers=case.layers, front_layers=0, spacing="steps")
-    reuse = patch(known, model, mode="reuse", tau=1.0, **common)
+    reuse = patch(known, model, mode="reuse", tau=1.0, reuse_text=True, **common)
     prune = patch(known, model, mode="prune", tau=0.85, **common, min_keep=share, max_keep=share)
 
     def way(patched, *references: torch.Tensor, text=text):

@@ -165,7 +165,8 @@ def measure(w: Workload, model, blocks: tuple[int, int], topi: Callable, repeats
     depth = sum(blocks)
     front = a.front if blocks == a.blocks else 0
     common = dict(
-        update_interval=2, spacing="steps", layers=f"{depth // 2}", front_layers=front, min_keep=share, max_keep=share,
+        tolerance=0.0, update_interval=2, spacing="steps", layers=f"{depth // 2}", front_layers=front,
+        min_keep=share, max_keep=share,
     )  # fmt: skip
     prune, trace = topi(model, mode="prune", **common)
     reuse, _ = topi(model, mode="reuse", **common)

@@ -28,12 +28,12 @@ class ToPiSettings(io.ComfyNode):
                 io.Int.Input("front_layers", default=-1, min=-1, max=200,
                     tooltip="For prune: the first layers that always see every token. -1: the profile's."),
                 io.Int.Input("first_anchor", default=0, min=0, max=1000,
-                    tooltip="The first anchor step; the steps before it run in full. 0: the first step, and for reuse "
-                    "with an update_interval of 0 the end of the first quarter."),
+                    tooltip="The first anchor step; those before it that are computed run in full. 0: the first step, "
+                    "and for reuse with an update_interval of 0 the end of the first quarter."),
                 io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01,
-                    tooltip="Prune or reuse only from this part of the schedule on."),
+                    tooltip="Prune, reuse or skip only from this part of the schedule on."),
                 io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01,
-                    tooltip="Prune or reuse only up to this part of the schedule."),
+                    tooltip="Prune, reuse or skip only up to this part of the schedule."),
                 io.Float.Input("min_keep", default=0.0, min=0.0, max=1.0, step=0.01,
                     tooltip="Prune keeps at least this fraction of the tokens. Equal to max_keep: a fixed ratio."),
                 io.Float.Input("max_keep", default=1.0, min=0.0, max=1.0, step=0.01,

@@ -12,8 +12,9 @@ AnySpacing = Literal["auto", "steps", "sigma"]
 MODES, SPACINGS = get_args(Mode), get_args(AnySpacing)
 OWN_INTERVAL: dict[Mode, int] = {"reuse": 2, "prune": 10}
 """Computed steps from anchor to anchor where update_interval is 0; 10 is the paper's. See `Settings.interval`."""
-LONG, MUCH = 12, 2.0
-"""Steps of a long run, and how many times the picture's tokens are much of references."""
+LONG, MUCH = 12, 1.9
+"""Steps of a long run, and how many times the picture's tokens are much of references: two of them, as references of
+other shapes than the picture's have a few tokens less or more."""
 TOLERANCE = 0.05
 """The node's default: the error that a skipped step may add to the picture (`savings.skip`)."""
 WARM_UP = 0.25

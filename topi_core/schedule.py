@@ -22,7 +22,7 @@ def step_of(sigma: float, sigmas: Sequence[float]) -> int:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The anchors of one run. `high` and `low` bound the sigmas at which tokens may be pruned."""
+    """The anchors of one run. `high` and `low` bound the sigmas at which tokens may be pruned and steps skipped."""
 
     sigmas: tuple[float, ...]
     update_interval: int
@@ -53,9 +53,13 @@ class Schedule:
     def step(self, sigma: float) -> int:
         return step_of(sigma, self.sigmas)
 
+    def inside(self, sigma: float) -> bool:
+        """Whether anything may be saved at this sigma."""
+        return self.low < sigma <= self.high
+
     def active(self, sigma: float) -> bool:
         """Whether tokens are scored and pruned at all at this sigma."""
-        return self.low < sigma <= self.high and self.step(sigma) >= self.first_anchor
+        return self.inside(sigma) and self.step(sigma) >= self.first_anchor
 
     def due(self, step: int, last: int | None) -> bool:
         """Whether an active step must score anew; `last` is the step that was scored last.

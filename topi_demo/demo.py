@@ -16,6 +16,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from topi_core.config import TOLERANCE
 from topi_core.metrics import psnr, ssim
 from topi_core.trace import SHORTER
 
@@ -40,10 +41,12 @@ class Way:
 
     mode: str
     update_interval: int = 0
+    tolerance: float = TOLERANCE
     tau: float = 0.85
 
 
-WAYS = {mode: Way(mode) for mode in ("prune", "reuse")}
+WAYS = {"prune": Way("prune", tolerance=0.0), "reuse": Way("reuse")}
+"""The paper's method, and ToPi Patch as it comes."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Edited:
     kept: list[list[Tensor]]  # by anchor, the references with their kept tokens
     plot: Tensor  # of ToPi Report
     shares: list[float]  # by anchor
-    step: float  # a shortened one
+    step: float | None  # a shortened one; None where steps were only skipped
     run: float  # all steps but the first, which pays for loading
     predicted: float  # the whole run's speed-up by the count of operations
 
@@ -86,7 +89,7 @@ def variant(workflow: dict, seed: int, instruction: str, way: Way | None) -> dic
         elif node["type"] == "ToPiPatch":
             node["mode"] = ALWAYS if way else BYPASSED
             if way:
-                node["widgets_values"] = [way.mode, way.update_interval, way.tau]
+                node["widgets_values"] = [way.mode, way.update_interval, way.tolerance, way.tau]
         elif (
             node["type"].startswith("ToPi") and node["inputs"] and node["inputs"][0]["type"] == "TOPI_TRACE" and not way
         ):
@@ -117,7 +120,7 @@ def edit(server: Server, nodes: dict, workflow: dict, seed: int, instruction: st
             kept=[list(references) for references in zip(*images(result, "ToPiMaskPreview"), strict=True)],
             plot=images(result, "ToPiReport")[0][0],
             shares=[anchor["share"] for anchor in run["anchors"]],
-            step=statistics.median(shorter),
+            step=statistics.median(shorter) if shorter else None,
             run=sum(result.step_seconds),
             predicted=run["figures"]["predicted"],
         )
@@ -148,7 +151,7 @@ def table(rows: list[dict]) -> str:
         seconds, ratio, expected = row["seconds"], row["speedup"], row["psnr_to_expected"]
         lines.append((
             row["instruction"], row["mode"], _shares(row["shares"]),
-            f"{1000 * seconds['full step']:.0f} ms", f"{1000 * seconds['shorter step']:.0f} ms",
+            _milliseconds(seconds["full step"]), _milliseconds(seconds["shorter step"]),
             f"{ratio['run']:.2f}x", f"{ratio['predicted']:.2f}x",
             f"{row['psnr_to_full']:.1f} dB, SSIM {row['ssim_to_full']:.3f}",
             f"{expected['full']:.1f} dB", f"{expected['topi']:.1f} dB",
@@ -156,6 +159,10 @@ def table(rows: list[dict]) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     made = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines]
     return "\n".join([made[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *made[1:]])
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "none" if seconds is None else f"{1000 * seconds:.0f} ms"
 
 
 def _shares(shares: list[float]) -> str:
@@ -203,10 +210,10 @@ def picture(outcomes: list[Outcome], side: int = 216, gap: int = 12) -> Image.Im
             canvas.paste(_tile(images, side), (gap + i * (side + gap), head + j * (side + foot)))
     for j, o in enumerate(outcomes):
         each = (
-            f"{name}: {_pair(psnr, e.image, o.full):.1f} dB to the full edit, {1000 * e.step:.0f} ms"
+            f"{name}: {_pair(psnr, e.image, o.full):.1f} dB to the full edit, {o.full_run / e.run:.2f}x as fast"
             for name, e in o.topi.items()
         )
-        words = "   ·   ".join([o.instruction, f"a full step {1000 * o.full_step:.0f} ms", *each])
+        words = "   ·   ".join([o.instruction, f"full {o.full_run:.1f} s", *each])
         pen.text((gap, head + j * (side + foot) + side + 6), words, (90, 90, 90), small)
     return canvas
 

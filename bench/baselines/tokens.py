@@ -401,6 +401,10 @@ def tomesd(nodes: dict[str, type], model, *, of: Images = "images", ratio: float
     return _put(nodes, model, lambda: ToMeSD(of, ratio, **constants))
 
 
+FROM_THE_START = AnchorSettings(update_interval=5)
+"""Any interval will do, as these savings read no anchor; reuse's own schedule would leave the first steps alone."""
+
+
 def toma(nodes: dict[str, type], model, *, of: Images = "images", ratio: float = 0.5, **constants) -> tuple:
     """`ToMA` with its fields."""
     return _put(nodes, model, lambda: ToMA(of, ratio, **constants))
@@ -417,7 +421,8 @@ def _put(nodes: dict[str, type], model, saving: Callable[[], Merging], beside: d
     method = getattr(getattr(network, "params", network), "default_ref_method", None)
     if saving().of != "references" and method == "index_timestep_zero" and (beside or {}).get("mode") != "reuse":
         raise ValueError("this model modulates references by where they stand behind the picture, so of must be theirs")
-    return attached(nodes, model, lambda *run: [saving()], beside is not None, **beside or {})
+    settings = {"anchors": FROM_THE_START} if beside is None else beside
+    return attached(nodes, model, lambda *run: [saving()], beside is not None, **settings)
 
 
 BASELINES: dict[str, Callable[..., tuple]] = {

@@ -25,7 +25,7 @@ class Engine:
     network: nn.Module
     savings: Sequence[Saving]
     references: References
-    window: tuple[float, float]  # of sigma, in which anchors stand
+    window: tuple[float, float]  # of sigma, in which anchors stand and steps may be skipped
     images: int  # latents in the batch that is sampled
     memory: Callable[[Tensor, Sequence[Tensor], int], CallMemory]
     compiled: Compiled | None = None
@@ -66,14 +66,14 @@ class Engine:
         """The guided model's picture: its own, or the one that `skip` extrapolates."""
         run = partial(executor, x, timestep, options, *rest)
         tolerance, planned = self.run.settings.tolerance, options.get("transformer_options", {}).get("sample_sigmas")
-        if not tolerance or planned is None:
+        if not tolerance or planned is None or not (sigma := self.sigma(timestep)):
             return run()
-        sigma, schedule = float(timestep[0]), self.planned(planned)
+        schedule = self.planned(planned)
         if self.skip is None:
             self.skip = Skip(self.run, tolerance, schedule.sigmas)
         step = schedule.step(sigma)
         ahead = schedule.sigmas[step + 1]
-        answer = self.skip.answer(x, sigma, ahead)
+        answer = self.skip.answer(x, sigma, ahead, schedule.inside(sigma))
         if answer is not None:
             self.recorder.begin(step, sigma)
             self.recorder.skip(self.full_flops)

@@ -71,7 +71,7 @@ def test_it_does_what_it_says(toy, family):
 
 
 def test_it_composes_with_reuse(toy):
-    model, trace = toys(toy, FLUX1)
+    model, trace = toys(toy, FLUX1, anchors=pack_module("topi_core.config").AnchorSettings(update_interval=5))
     positive = conditioning(FLUX1, [latent(FLUX1)])
     sample(model, positive, conditioning(FLUX1, [latent(FLUX1)], seed=1), latent=empty(FLUX1), steps=8, cfg=2.0)
     assert {"anchor", "skipped", "reused"} == set(kinds(trace))

@@ -11,7 +11,7 @@ from bench.baselines import BASELINES
 from bench.baselines import tokens as baselines
 from bench.baselines.attach import attached
 from bench.baselines.merging import bipartite, dynamic_ratio, strided
-from topi_core.config import KeepSettings, LayerSettings
+from topi_core.config import AnchorSettings, KeepSettings, LayerSettings, ReuseSettings
 from topi_core.cost import layer_flops
 
 TEXT, PICTURE = 6, 64  # tokens of a prompt, and of a picture of 8 x 8; a reference of as many
@@ -175,7 +175,8 @@ def test_sdtm_keeps_what_protected_steps_computed():
 
 def test_sdtm_merges_what_reuse_leaves():
     """Beside reuse, an anchor is protected as well; between them the picture alone is computed, and merged."""
-    model, trace = baseline("sdtm_reuse")
+    anchors, text = AnchorSettings(update_interval=5, spacing="sigma"), ReuseSettings(reuse_text=True)
+    model, trace = baseline("sdtm_reuse", beside={"mode": "reuse", "anchors": anchors, "reuse": text})
     image = edit(model, steps=10)
     run = last_run(trace)
     anchors = [anchor.step for anchor in run.anchors]
@@ -206,7 +207,7 @@ def test_a_call_knows_how_many_steps_the_run_has():
     assert seen == [(0, 3)]
 
 
-@pytest.mark.parametrize("name", [name for name in BASELINES if name != "merge"])
+@pytest.mark.parametrize("name", [name for name in baselines.BASELINES if name != "merge"])
 def test_half_precision_is_enough(name):
     model = load(FLUX1, torch.bfloat16)
     patched, _ = BASELINES[name](nodes.NODE_CLASS_MAPPINGS, model)

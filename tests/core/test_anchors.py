@@ -72,10 +72,10 @@ def test_spacing_by_sigma_covers_equal_parts_of_it_and_half_of_one(shift):
         assert off <= min(others) + 1e-9
 
 
-def test_spacing_follows_the_mode_unless_it_is_given():
-    by_step = AnchorSettings(spacing="steps")
-    assert [Settings(mode=mode).spacing for mode in ("prune", "reuse")] == ["steps", "sigma"]
-    assert [Settings(mode=mode, anchors=by_step).spacing for mode in ("prune", "reuse")] == ["steps", "steps"]
+def test_spacing_is_by_steps_unless_it_is_given():
+    by_sigma = AnchorSettings(spacing="sigma")
+    assert [Settings(mode=mode).spacing for mode in ("prune", "reuse")] == ["steps", "steps"]
+    assert [Settings(mode=mode, anchors=by_sigma).spacing for mode in ("prune", "reuse")] == ["sigma", "sigma"]
 
 
 def test_window():

@@ -40,7 +40,8 @@ def test_each_mode_has_its_own_defaults():
     """Whoever only switches the mode to prune has the paper's settings (section 5.1)."""
     paper, reuse = Settings(mode="prune"), Settings()
     assert (paper.tau, paper.update_interval, paper.spacing, paper.keeps_all) == (0.85, 10, "steps", False)
-    assert (reuse.tau, reuse.update_interval, reuse.spacing, reuse.keeps_all) == (1.0, 5, "sigma", True)
+    assert (reuse.tau, reuse.update_interval, reuse.spacing, reuse.keeps_all) == (1.0, 2, "steps", True)
+    assert (paper.first_anchor(20), paper.tolerance) == (0, 0)
     assert not Settings(keep=KeepSettings(max_keep=0.5)).keeps_all
     assert Settings(mode="prune", keep=KeepSettings(min_keep=1.0)).keeps_all
 

@@ -11,19 +11,29 @@ from topi_core.report import describe, figures, summary, text, why_nothing
 from topi_core.trace import Anchor, Run, Step
 
 
-def run(kinds, kept=(3, 1), references=((2, 2),), layers=(3,), profile="", mode="prune", anchors=None, **keep):
-    """A run whose anchors keep these numbers of the 4 tokens, one per picture; the first step pays for loading."""
+def run(
+    kinds, kept=(3, 1), references=((2, 2),), layers=(3,), profile="", mode="prune", anchors=None, tolerance=0.0, **keep
+):
+    """A run whose anchors keep these numbers of the 4 tokens, one per picture; the first step pays for loading.
+
+    "extrapolated" steps are those that ToPi skips, "skipped" those of a cache.
+    """
     layout = Layout(2, (2, 2), references)
     model = Model(family="flux1", depth=8, hidden=64, layers=layers, front_layers=2, profile=profile)
-    chosen = Settings(mode=mode, anchors=AnchorSettings(**anchors or {}), keep=KeepSettings(**keep))
+    chosen = Settings(
+        mode=mode, tolerance=tolerance, anchors=AnchorSettings(**anchors or {}), keep=KeepSettings(**keep)
+    )
     made = Run(model, chosen, reference_tokens=layout.reference_tokens)
-    seconds = {"full": 2.0, "anchor": 2.1, "pruned": 1.0, "skipped": 0.01}
+    made.interval = chosen.interval(len(kinds), layout) if references else 0
+    seconds = {"full": 2.0, "anchor": 2.1, "pruned": 1.0, "reused": 1.0, "skipped": 0.01}
     for i, kind in enumerate(kinds):
         if kind == "anchor":
             mask = torch.arange(layout.reference_tokens).expand(len(kept), -1) < torch.tensor(kept)[:, None]
             made.anchors.append(Anchor(i, 1 - i / 10, layout, (), mask, seconds=0.1, ranks=mask.byte()))
-        flops = {"pruned": 500, "skipped": 0}.get(kind, 1000), 1000 * (kind != "skipped")
-        made.steps.append(Step(i, 1 - i / 10, kind, layout.tokens, seconds[kind] + 5 * (i == 0), None, *flops))
+        flops = {"pruned": 500, "reused": 500, "skipped": 0, "extrapolated": 0}.get(kind, 1000)
+        full, kind = 1000 * (kind != "skipped"), "skipped" if kind == "extrapolated" else kind
+        took = seconds[kind] + 5 * (i == 0)
+        made.steps.append(Step(i, 1 - i / 10, kind, layout.tokens, took, None, flops, full))
     return made
 
 
@@ -35,6 +45,38 @@ def test_figures():
     assert f.measured == pytest.approx(2 * 5 / (2 * 2.0 + 3 * 1.0 + 2 * 0.1))
     assert f.scoring_seconds == pytest.approx(0.1)
     assert f.scoring_share == pytest.approx(0.2 / (7.1 + 3 * 1.0 + 2.1))
+
+
+def test_figures_of_skipped_steps():
+    """ToPi's own count in what was saved; what a cache skipped does not."""
+    f = figures(run(["anchor", "pruned", "anchor", "extrapolated", "skipped"]))
+    assert (f.anchors, f.shorter, f.full, f.skipped, f.cached) == (2, 1, 0, 1, 1)
+    assert f.measured == pytest.approx(2 * 4 / (2 * 2.0 + 1.0 + 0.01 + 2 * 0.1))
+    assert f.predicted == pytest.approx(4000 / 2500)
+
+
+def test_a_run_that_only_skipped_steps_has_a_speed_up():
+    f = figures(made := run(["full", "full", "full", "extrapolated", "extrapolated", "full"], references=()))
+    assert f.shorter_seconds is None
+    assert f.measured == pytest.approx(2 * 6 / (2 * 4 + 0.02))
+    said = text(made)
+    assert "0 anchors, 0 pruned, 4 full, 2 skipped" in said and "skipped by a cache" not in said
+    assert "Nothing was pruned: no reference reached the model" in said
+    assert f"{f.measured:.2f}x the whole run" in said and "1.50x the whole run, by the count of operations" in said
+    assert summary(made).endswith("; 2 of 6 steps were skipped")
+
+
+def test_the_table_tells_skipped_steps_apart():
+    said = text(run(["anchor", "pruned", "extrapolated", "skipped", "skipped"], tolerance=0.05))
+    assert "1 anchor, 1 pruned, 1 skipped, 2 skipped by a cache" in said
+    assert "update_interval 10 (computed steps), tolerance 0.05" in said
+
+
+def test_a_sampler_that_adds_noise_is_named():
+    made = run(["anchor", "pruned"], tolerance=0.05)
+    made.noisy = True
+    assert summary(made).endswith("; no step was skipped, as the sampler adds noise of its own")
+    assert text(made).splitlines()[-1].startswith("No step was skipped, as the sampler adds noise of its own")
 
 
 def test_the_measured_speed_up_holds_where_steps_are_unequal():
@@ -63,7 +105,7 @@ def test_the_first_step_is_not_timed():
 def test_table():
     lines = text(run(["anchor", "pruned", "anchor", "pruned"], kept=(3,), references=((2, 2), (1, 2)))).splitlines()
     assert lines[0] == "flux1, 8 layers: scored in 3, pruned from 2 on"
-    assert lines[1] == "mode prune, tau 0.85, update_interval 10 (steps), influence"
+    assert lines[1] == "mode prune, tau 0.85, update_interval 10 (steps), tolerance 0, influence"
     assert lines[3].split("  ")[0] == "anchor" and lines[3].endswith("all")
     assert [part.strip() for part in lines[4].split("  ") if part] == [
         "step 0", "1.000", "3 of 4 (75.0%)", "0 of 2 (0.0%)", "3 of 6 (50.0%)",
@@ -84,6 +126,7 @@ def test_a_batch_is_counted_by_image():
     (run(["full"] * 4, anchors={"start_percent": 0.99}), "no step lies between start_percent 0.99 and end_percent 1"),
     (run(["anchor"]), "too few steps: of 1, none is left"),
     (run(["anchor"] * 3, anchors={"update_interval": 1}), "every step is an anchor"),
+    (run(["full"] * 3 + ["anchor"] * 9, mode="reuse", kept=(4,), tolerance=0.05), "skipping steps brings more"),
     (run(["anchor", "pruned"], kept=(4,), tau=1.0), "tau is 1"),
     (run(["anchor", "pruned"], kept=(4,), min_keep=1.0), "min_keep is 1"),
     (run(["skipped"] * 2), "a cache skipped every step"),
@@ -92,7 +135,7 @@ def test_a_batch_is_counted_by_image():
 def test_why_nothing_was_pruned(made, why):
     found = why_nothing(made)
     assert found is None if why is None else why in found
-    assert ("Nothing was pruned" in text(made)) is (why is not None)
+    assert (f"Nothing was {made.verb}" in text(made)) is (why is not None)
 
 
 def test_the_report_says_where_the_layers_come_from():
@@ -107,11 +150,11 @@ def test_the_report_says_where_the_layers_come_from():
 
 
 def test_where_nothing_was_scored_the_report_says_so():
-    made = run(["anchor", "pruned"], mode="reuse", kept=(4,))
+    made = run(["anchor", "reused"], mode="reuse", kept=(4,))
     made.anchors = [Anchor(0, 1.0, a.layout, (), a.kept) for a in made.anchors]
     lines = text(made).splitlines()
     assert lines[0] == "flux1, 8 layers: nothing was scored, as every token is kept and nothing looked on"
-    assert lines[1] == "mode reuse, forecast, update_interval 5 (sigma)"
+    assert lines[1] == "mode reuse, forecast, update_interval 2 (steps), tolerance 0"
     assert "scoring" not in "".join(lines[2:])
 
 

@@ -4,17 +4,20 @@ import pytest
 
 from topi_core.config import AnchorSettings, KeepSettings, LayerSettings, ReuseSettings, Settings
 from topi_core.influence import INFLUENCE
+from topi_core.layout import Layout
 
 
 def test_the_defaults_are_the_nodes():
+    """But for the tolerance: without ToPi Patch nobody asks for skipped steps."""
     assert Settings() == Settings(
         mode="reuse",
+        tolerance=0.0,
         layers=LayerSettings(profile="auto", layers=(), front_layers=-1),
         anchors=AnchorSettings(
             update_interval=0, first_anchor=0, start_percent=0.0, end_percent=1.0, spacing="auto"
         ),
         keep=KeepSettings(tau=0.85, min_keep=0.0, max_keep=1.0, metric=INFLUENCE),
-        reuse=ReuseSettings(forecast=True, reuse_text=True),
+        reuse=ReuseSettings(forecast=True, reuse_text=False),
     )  # fmt: skip
 
 
@@ -34,6 +37,7 @@ def test_the_defaults_are_the_nodes():
             "start_percent must not be above end_percent, got 0.6 and 0.5",
         ),
         (AnchorSettings, dict(spacing="even"), "spacing must be one of auto, steps, sigma, got 'even'"),
+        (Settings, dict(tolerance=1.5), "tolerance must be in [0, 1], got 1.5"),
         (Settings, dict(mode="merge"), "mode must be one of reuse, prune, got 'merge'"),
     ],
 )
@@ -41,3 +45,40 @@ def test_a_bad_value_is_one_sentence(part, wrong, sentence):
     with pytest.raises(ValueError) as refusal:
         part(**wrong)
     assert str(refusal.value) == sentence
+
+
+ONE, TWO = (Layout(6, (4, 4), ((4, 4),) * references) for references in (1, 2))
+SHAPES = Layout(6, (64, 64), ((64, 64), (55, 74)))  # of about as many pixels
+
+
+@pytest.mark.parametrize(
+    ("given", "steps", "layout", "interval"),
+    [
+        (dict(tolerance=0.05), 20, ONE, 1),
+        (dict(tolerance=0.05), 12, ONE, 1),
+        (dict(tolerance=0.05), 11, ONE, 2),  # too short to skip much
+        (dict(tolerance=0.05), 20, TWO, 2),  # much to save at each computed step
+        (dict(tolerance=0.05), 20, SHAPES, 2),
+        (dict(), 20, ONE, 2),  # nothing is skipped
+        (dict(tolerance=0.05, anchors=AnchorSettings(update_interval=5)), 20, ONE, 5),
+        (dict(tolerance=0.05, mode="prune"), 20, ONE, 10),
+        (dict(mode="prune"), 20, TWO, 10),
+    ],
+)
+def test_the_interval_of_a_run(given, steps, layout, interval):
+    assert Settings(**given).interval(steps, layout) == interval
+
+
+@pytest.mark.parametrize(
+    ("given", "steps", "first"),
+    [
+        (dict(), 20, 4),
+        (dict(), 4, 0),
+        (dict(), 1, 0),
+        (dict(anchors=AnchorSettings(first_anchor=2)), 20, 2),
+        (dict(anchors=AnchorSettings(update_interval=5)), 20, 0),
+        (dict(mode="prune"), 20, 0),
+    ],
+)
+def test_the_first_anchor_of_a_run(given, steps, first):
+    assert Settings(**given).first_anchor(steps) == first

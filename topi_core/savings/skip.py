@@ -54,13 +54,13 @@ class Skip:
     move: Tensor | None = None  # of the latent by sigma, between the last two calls
     straight: int = 0  # calls in a row to which Euler's method has led
 
-    def answer(self, x: Tensor, sigma: float, ahead: float) -> Tensor | None:
+    def answer(self, x: Tensor, sigma: float, ahead: float, inside: bool = True) -> Tensor | None:
         """The picture [I, ...] that the guided model would see in the latent x; None: the model has to be asked.
 
-        ahead: the sigma that the sampler goes to from here.
+        ahead: the sigma that the sampler goes to from here. inside: whether this step may be skipped at all.
         """
         self._follow(x, sigma)
-        error = self.error(sigma, ahead)
+        error = self.error(sigma, ahead) if inside else None
         if error is None or error > self.tolerance or self.run.noisy:
             return None
         velocity = line(self.points[-2:], sigma)
