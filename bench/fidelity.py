@@ -29,7 +29,7 @@ from topi_demo.runtime import load_pack, patch
 
 from .baselines import BASELINES
 from .lpips import lpips
-from .scenarios import FEWER, PANELS, SCENARIOS, Panel, Scenario
+from .scenarios import FEWER, PANELS, SCENARIOS, SETS, Panel, Scenario
 
 RESULTS = Path(__file__).resolve().parent / "results" / "fidelity.jsonl"
 SEED, RESAMPLES = 0, 2000
@@ -164,6 +164,19 @@ class Results:
                 lines.append(f"| {s.key} | " + " | ".join(self._cell(s, p) for p in panels) + " |")
         return "\n".join(lines)
 
+    def perceived(self, scenarios: Iterable[Scenario], panels: tuple[str, ...]) -> str:
+        """SSIM and LPIPS to the full run, the means."""
+        panels = tuple(p for p in panels if any(self.has(s, p) for s in scenarios))
+        lines = ["| SSIM, LPIPS | " + " | ".join(panels) + " |", "|---" * (len(panels) + 1) + "|"]
+        for s in scenarios:
+            if any(self.has(s, p) for p in panels):
+                cells = (
+                    f"{fmean(self.values(s, p, 'ssim')):.3f}, {fmean(self.values(s, p, 'lpips')):.3f}"
+                    if self.has(s, p) else "" for p in panels
+                )  # fmt: skip
+                lines.append(f"| {s.key} | " + " | ".join(cells) + " |")
+        return "\n".join(lines)
+
     def _cell(self, s: Scenario, panel: str) -> str:
         if not self.has(s, panel):
             return ""
@@ -177,11 +190,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.fidelity", description=__doc__.splitlines()[0])
     parser.add_argument("-n", type=int, default=64, help="held-out edits of each panel, at least")
     parser.add_argument("--panels", nargs="+", choices=list(PANELS), default=list(PANELS), metavar="PANEL")
+    parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS), help="of scenarios")
     parser.add_argument("--only", metavar="WORDS", nargs="+", help="scenarios whose name holds any of these words")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="only print the tables of the results that are there")
     args = parser.parse_args()
-    chosen = [s for s in SCENARIOS if not args.only or any(words in s.key for words in args.only)]
+    some = [s for name in args.sets for s in SETS[name]]
+    chosen = [s for s in some if not args.only or any(words in s.key for words in args.only)]
     if not args.table:
         names = ("scenario", "panel", "kind", "edits", "weights")
         done = {tuple(row[name] for name in names) for row in read(args.out)}

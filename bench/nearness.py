@@ -33,13 +33,11 @@ from topi_demo.scenes import draw, random_scene
 RESULTS = Path(__file__).resolve().parent / "results" / "nearness.jsonl"
 CAPTIONS = "text to image"  # beside the kinds of edit
 LAYERS = ARCHITECTURE["depth"] + ARCHITECTURE["depth_single_blocks"]
-EASYCACHE = (0.1, 0.2)
 
 # Figures of real models, and where they are from.
 PUBLISHED = {
     "half": ("30.6", "Qwen-Image, text to image, 50 steps (LinCa, table 2)"),
     "fifth": ("28.6", "the same"),
-    "easycache": ("28.3 at 2.4x", "TeaCache on FLUX.1 Kontext, 28 steps (RegionE, 2510.25590)"),
     "key quarter": ("0.35", "MiniMax-H3, 50 steps (vLLM-Omni RFC 6491)"),
     "value quarter": ("0.51", "the same"),
     "key end": ("0.51", "the same; 0.94 in the layer that drifts most"),
@@ -132,9 +130,10 @@ def measure_kind(objects: tuple, batch: Edits, seed: int, steps: int, cfg: float
     model, clip, vae = objects
     side = batch.expected.shape[-1]
 
-    def run(steps: int, velocities: Velocities | None = None, base=model, listen: Callable | None = None) -> Tensor:
+    def run(steps: int, velocities: Velocities | None = None, listen: Callable | None = None) -> Tensor:
+        base = model
         if velocities is not None:
-            base = base.clone()
+            base = model.clone()
             base.set_model_unet_function_wrapper(velocities)
         return edit((base, clip, vae), batch, seed, steps, cfg=cfg, listen=listen)
 
@@ -153,7 +152,6 @@ def measure_kind(objects: tuple, batch: Edits, seed: int, steps: int, cfg: float
         "plain": {str(n): _decibels(image, full) for n, image in plain.items() if n != steps},
         "to_expected": {str(n): _decibels(image, coded) for n, image in plain.items()} if determined else {},
         "skipped": skipped,
-        "easycache": {str(threshold): _easycache(model, run, steps, threshold, full) for threshold in EASYCACHE},
         "keys": record.keys,
         "values": record.values,
         "share": record.shares,
@@ -168,22 +166,6 @@ def _decibels(image: Tensor, wanted: Tensor) -> list[float]:
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
     return torch.cosine_similarity(a.flatten(1), b.flatten(1))
-
-
-def _easycache(model, run: Callable, steps: int, threshold: float, full: Tensor) -> dict:
-    import comfy_extras.nodes_easycache as easycache
-
-    calls = []
-
-    def count(attention: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, *args, **options):
-        place = options["transformer_options"]
-        if place["block_type"] == "double" and place["block_index"] == 0:
-            calls.append(1)
-        return attention(q, k, v, heads, *args, **options)
-
-    cached = easycache.EasyCacheNode.execute(model, threshold, 0.15, 0.95, False).result[0]
-    image = run(steps, base=cached, listen=count)
-    return {"computed": len(calls), "psnr": _decibels(image, full)}
 
 
 def measure(
@@ -262,13 +244,6 @@ def _lines(first: dict) -> Iterator[tuple[str, str, Callable[[list[dict]], str]]
         yield f"plain, {n} steps, dB to the full run", known, decibels("plain", n)
     for name in first["skipped"]:
         yield f"{name} of {steps} computed, dB", "", decibels("skipped", name)
-    for threshold in first["easycache"]:
-        yield f"EasyCache {threshold}, dB", "easycache", decibels("easycache", threshold, "psnr")
-
-        def speed(rows: list[dict], threshold: str = threshold) -> str:
-            return f"{steps / fmean(row['easycache'][threshold]['computed'] for row in rows):.2f}x"
-
-        yield f"EasyCache {threshold}, steps saved", "", speed
     for n in first["to_expected"] or (str(n) for n in (4, 8, steps)):
         yield f"dB to the expected image, {n} steps", "", decibels("to_expected", n)
     quarter = slice(steps // 4, steps // 4 + 1)  # of [step][layer]

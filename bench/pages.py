@@ -7,22 +7,25 @@ against speed is drawn from the same rows.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
-from statistics import fmean
 
 from topi_demo import demo, evaluate
 from topi_demo.provenance import read
 
-from . import fidelity, nearness, speed
-from .scenarios import CORE, README, Scenario
+from . import fidelity, kernels, nearness, runs, speed
+from .scenarios import FEW, FEWER, MAIN, PANELS, TOKENS, Scenario
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 PLOT = ROOT / "docs" / "images" / "fidelity.png"
-EASYCACHE = "with EasyCache, bfloat16"
+COLORS = {  # of the plot; others are grey
+    FEWER: "black", "ToPi": "#c9184a", "EasyCache": "#e07a1f", "velocity held": "#8a8f98",
+    "velocity linear": "#5b8def", "TeaCache's rule": "#2a9d5c", "RegionE's steps": "#7b3fb5",
+    "ToPi without skipping": "#f29cb0",
+}  # fmt: skip
 
 
 def _rows(name: str) -> list[dict]:
@@ -33,41 +36,34 @@ def _quality(part: int) -> str:
     return evaluate.markdown(_rows("demo_quality")).split("\n\n")[part]
 
 
-def _points(rows: list[dict], s: Scenario, references: int) -> tuple[float, float, float] | None:
-    """dB and SSIM to the full run, and the predicted speed-up, over a scenario's edits with so many references."""
-    of = [row for row in rows if row["scenario"] == s.key and row["references"] == references]
-    if not of:
-        return None
-    psnr, ssim = (fmean(v for row in of for v in row[key]) for key in ("psnr", "ssim"))
-    return psnr, ssim, fmean(row["predicted"] for row in of for _ in row["psnr"])
+def _fidelity(scenarios: tuple[Scenario, ...], panels: tuple[str, ...] = tuple(PANELS)) -> str:
+    return fidelity.Results(_rows("fidelity")).table(scenarios, panels)
 
 
-def summary(scenarios: tuple[Scenario, ...]) -> str:
-    """A line a scenario: with one reference, and with three."""
-    rows = fidelity.best(_rows("fidelity"))
-    lines = ["| | one reference | cost model | three references | cost model |", "|---|---|---|---|---|"]
-    for s in scenarios:
-        one, three = (_points(rows, s, references) for references in (1, 3))
-        if one and three:
-            mode = s.table.partition(":")[0] + ", " if ":" in s.table else ""
-            plain = ", no forecast" * ("without the forecast" in s.table)
-            cells = (f"{psnr:.1f} dB, {ssim:.3f} | {ratio:.2f}x" for psnr, ssim, ratio in (one, three))
-            lines.append(f"| {mode}{s.name}{plain} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def short() -> str:
+    """The README's: what ToPi has by tolerance, and how far that is above plain fewer steps."""
+    results = fidelity.Results(_rows("fidelity"))
+    return results.table([s for s in MAIN if s.line in ("ToPi", "EasyCache")], PANELS)
 
 
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {
-        "fidelity": lambda: summary(README),
-        "speed": lambda: speed.steps_table(_rows("speed")),
-    },
+    "README.md": {"fidelity": short, "runs": lambda: runs.table(_rows("runs"))},
     "docs/demo_model.md": {
         "quality": lambda: _quality(0),
         "nearness": lambda: nearness.markdown(_rows("nearness")),
         "attention": lambda: _quality(1),
         "demo": lambda: demo.table(_rows("demo")),
     },
-    "docs/fidelity.md": {"summary": lambda: summary(CORE), "tables": lambda: fidelity.markdown(_rows("fidelity"))},
+    "docs/fidelity.md": {
+        "main": lambda: _fidelity(MAIN),
+        "few": lambda: _fidelity(FEW),
+        "tokens": lambda: _fidelity(TOKENS),
+        "perceived": lambda: fidelity.Results(_rows("fidelity")).perceived(MAIN, tuple(PANELS)),
+    },
+    "docs/speed.md": {
+        "kernels": lambda: kernels.table(_rows("kernels")),
+        "speed": lambda: speed.steps_table(_rows("speed")),
+    },
 }
 
 
@@ -88,31 +84,30 @@ def plot(path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = fidelity.best(_rows("fidelity"))
-    series = {  # what is plotted: its table, words in its scenarios' names, colour and style
-        "prune, by tau": ("prune: tau (Table 1, Figure 10)", "", "#c04040", "s-"),
-        "reuse, by anchors": ("reuse: anchors", "", "#8a8f98", "o--"),
-        "reuse with text, by anchors": ("reuse with text: anchors", "", "#5b8def", "o-"),
-        "EasyCache alone, by threshold": (EASYCACHE, "alone", "#8a8f98", "^:"),
-        "EasyCache and prune": (EASYCACHE, "prune", "#c04040", "^:"),
-        "EasyCache and reuse with text": (EASYCACHE, "with text", "#5b8def", "^:"),
-    }
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.6), sharey=True)
-    for panel, references in zip(panels, (1, 3), strict=True):
-        for label, (table, words, color, style) in series.items():
-            chosen = (s for s in CORE if s.table == table and words in s.name)
-            found = [(s, p) for s in chosen if (p := _points(rows, s, references))]
-            panel.plot([p[2] for _, p in found], [p[0] for _, p in found], style, color=color, label=label)
-            for s, (psnr, _, ratio) in found:
-                number = re.search(r"[\d.]+", s.name)[0]
-                panel.annotate(number, (ratio, psnr), (4, 3), textcoords="offset points", fontsize=7, color=color)
-        panel.set_title(f"{references} reference{'s'[: references > 1]}")
-        panel.set_xlabel("speed-up of the whole run by the cost model")
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("PSNR to the full run, dB")
-    panels[1].legend(fontsize=8)
+    results = fidelity.Results(_rows("fidelity"))
+    shown = [p for p in PANELS if any(results.has(s, p) for s in MAIN)]
+    figure, axes = pyplot.subplots(1, len(shown), figsize=(4.2 * len(shown), 4.4), squeeze=False)
+    for axis, panel in zip(axes[0], shown, strict=True):
+        for name, points in groupby((*MAIN, *TOKENS), key=lambda s: s.line):
+            found = [s for s in points if results.has(s, panel)]
+            if not found:
+                continue
+            means = [fidelity.interval(results.values(s, panel)) for s in found]
+            speeds = [results.speedup(s, panel) for s in found]
+            low, high = ([abs(m[0] - m[i]) for m in means] for i in (1, 2))
+            style = "o-" if name in COLORS else "x"
+            axis.errorbar(speeds, [m[0] for m in means], (low, high), fmt=style, ms=4, lw=1.2, elinewidth=0.7,
+                          color=COLORS.get(name, "#b9bcc2"), label=name)  # fmt: skip
+        axis.set_title(panel)
+        axis.set_xlabel("speed-up by the cost model")
+        axis.set_xscale("log")
+        axis.set_xticks([1, 1.5, 2, 3, 4], ["1", "1.5", "2", "3", "4"])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("PSNR to the full run, dB")
+    axes[0][-1].legend(fontsize=6)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
 
 
 def main() -> int:

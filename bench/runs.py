@@ -1,8 +1,9 @@
 """Whole runs of ComfyUI's sampler on full-size architectures with random weights: `python -m bench.runs`.
 
-In turn and over again: the run without ToPi; ToPi in both modes; plain fewer steps, as many as cost what reuse costs;
-the run without references. Beside every ratio of whole runs stands the cost model's (appendix F), with the peak of the
-GPU's memory. Weights mean nothing here: prune keeps a fixed share. Rows are written as they are measured.
+In turn and over again: the run without ToPi; ToPi's savings, each alone; plain fewer steps, as many as cost
+what reuse costs; the run without references. Beside every ratio of whole runs stands the cost model's (appendix F),
+with the peak of the GPU's memory. Weights mean nothing here: prune keeps a fixed share. Rows are written as they are
+measured.
 
 On a CPU the same command runs a few blocks of the true width in float32, and its rows say so.
 """
@@ -24,10 +25,11 @@ from topi_demo.runtime import load_pack, patch
 from .speed import ARCHITECTURES, CallTimes, network
 
 RESULTS = Path(__file__).resolve().parent / "results" / "runs.jsonl"
+COMPUTED = {"tolerance": 0.0}  # every step
 WAYS = {
-    "reuse": dict(mode="reuse", tolerance=0.0),
-    "reuse, text computed": dict(mode="reuse", tolerance=0.0, reuse_text=False, spacing="steps", update_interval=3),
-    "prune": dict(mode="prune", tolerance=0.0, min_keep=0.5, max_keep=0.5),
+    "reuse": COMPUTED | dict(mode="reuse", update_interval=5, spacing="sigma", reuse_text=True),
+    "reuse, text computed": COMPUTED | dict(mode="reuse", update_interval=3),
+    "prune": COMPUTED | dict(mode="prune", min_keep=0.5, max_keep=0.5),
 }
 """Without skipped steps: how well the course of random weights can be extrapolated says nothing of a model's."""
 FEWER = "fewer steps"

@@ -144,4 +144,12 @@ TOKENS: tuple[Scenario, ...] = (
     *line("SDTM", {"with reuse": {}}, baseline="sdtm_reuse"),
 )
 """What removes or merges tokens, with one reference."""
-SCENARIOS = (*MAIN, *TOKENS)
+FEW: tuple[Scenario, ...] = (
+    *fewer(8, (7, 6, 5, 4, 3)),
+    *line("ToPi", {f"tolerance {t:g}": {"tolerance": t} for t in (0.0, 0.05, 0.1)}, steps=8),
+    *fewer(4, (3, 2)),
+    *line("ToPi", {f"tolerance {t:g}": {"tolerance": t} for t in (0.0, 0.05)}, steps=4),
+)
+"""Runs of few steps, as distilled models make them."""
+SETS = {"main": MAIN, "tokens": TOKENS, "few": FEW}
+SCENARIOS = (*MAIN, *TOKENS, *FEW)

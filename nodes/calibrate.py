@@ -60,7 +60,7 @@ class ToPiCalibrate(io.ComfyNode):
 
 
 class Calibrator(Patch):
-    """The same two wrappers: every call with references is an anchor, and all that is done there is to listen."""
+    """The same wrappers: every call with references is an anchor, and all that is done there is to listen."""
 
     def savings(self, *_) -> list:
         return []  # who listens is made with what the run samples

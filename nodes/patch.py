@@ -27,16 +27,16 @@ class ToPiPatch(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ToPiPatch", display_name="ToPi Patch", category="ToPi",
-            description="Stops computing the reference images anew at every step: nearly the same edit, sooner.",
+            description="Computes at each step only what has changed enough to matter: nearly the same edit, sooner.",
             inputs=[
                 io.Model.Input("model",
                     tooltip="A model that edits by references, from its loader or LoRA: FLUX.1 Kontext, FLUX.2, "
                     "Qwen-Image-Edit, Mage-Flow, JoyImage, Krea 2, OmniGen2 or Boogu."),
                 io.Combo.Input("mode", options=list(MODES), default="reuse",
-                    tooltip="reuse: between anchors no reference token is computed, the picture sees their keys and "
-                    "values of the anchor; it takes memory, and on the demo model it is faster and closer to the "
-                    "unpatched image. prune: the paper's method with its published settings; dropped tokens leave the "
-                    "sequence until the next anchor."),
+                    tooltip="What becomes of the references between anchors. reuse: none of their tokens is computed, "
+                    "the picture sees their keys and values of the anchor, which takes memory; in long runs with one "
+                    "reference skipping alone does better, and nothing is reused. prune: tokens of little influence "
+                    "leave the sequence; with a tolerance of 0 it is the paper's method with its published settings."),
                 io.Int.Input("update_interval", default=0, min=0, max=1000,
                     tooltip="Computed steps from one anchor to the next; at an anchor everything is computed, and "
                     "steps that are skipped do not count. 0: the mode's own, 10 for prune, and for reuse 2 after a "
@@ -47,8 +47,8 @@ class ToPiPatch(io.ComfyNode):
                     "easy edits get fewer computed steps, hard ones more. Higher is faster; 0 computes every step, "
                     "and with mode prune is the paper's method."),
                 io.Float.Input("tau", default=0.85, min=0.0, max=1.0, step=0.01,
-                    tooltip="For prune: share of the references' influence that is kept. Lower is faster, and 1 gives "
-                    "the unpatched image, bit for bit. Reuse, which keeps every token, does not use it."),
+                    tooltip="For prune: share of the references' influence that is kept. Lower is faster; 1, with a "
+                    "tolerance of 0, gives the unpatched image, bit for bit. Reuse does not use it."),
                 SettingsType.Input("settings", optional=True,
                     tooltip="From ToPi Settings, which has what rarely needs changing. Without it that node's defaults "
                     "apply."),

@@ -45,7 +45,7 @@ class Way:
     tau: float = 0.85
 
 
-WAYS = {"prune": Way("prune", tolerance=0.0), "reuse": Way("reuse")}
+WAYS = {"prune": Way("prune", tolerance=0.0), "default": Way("reuse")}
 """The paper's method, and ToPi Patch as it comes."""
 
 

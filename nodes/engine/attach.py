@@ -1,7 +1,7 @@
-"""Puts ToPi on a model: a clone with two keyed wrappers. Disconnecting the node is the removal.
+"""Puts ToPi on a model: a clone with three keyed wrappers. Disconnecting the node is the removal.
 
-OUTER_SAMPLE makes the engine of a run and drops it at its end. The other one sees each call of the network: which of
-ComfyUI's wrappers that is, the family says.
+OUTER_SAMPLE makes the engine of a run and drops it at its end. PREDICT_NOISE sees each evaluation of the guided model,
+which may be skipped. The third one sees each call of the network: which of ComfyUI's wrappers that is, the family says.
 """
 
 import inspect
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Patch:
-    """The two wrappers. Holds settings only; the engine of a run travels in its transformer_options."""
+    """The three wrappers. Holds settings only; the engine of a run travels in its transformer_options."""
 
     family: Family
     model: Model
@@ -131,7 +131,7 @@ class Patch:
 
 
 def attach(model: ModelPatcher, patch: Patch) -> ModelPatcher:
-    """A clone of the model with the two wrappers of a patch."""
+    """A clone of the model with the three wrappers of a patch."""
     patched = model.clone()
     for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.PREDICT_NOISE, WrappersMP.DIFFUSION_MODEL, WrappersMP.APPLY_MODEL):
         patched.remove_wrappers_with_key(kind, KEY)  # of two ToPi nodes in a row, the last one counts

@@ -66,9 +66,9 @@ class Engine:
         """The guided model's picture: its own, or the one that `skip` extrapolates."""
         run = partial(executor, x, timestep, options, *rest)
         tolerance, planned = self.run.settings.tolerance, options.get("transformer_options", {}).get("sample_sigmas")
-        if not tolerance or planned is None:
+        if not tolerance or planned is None or not (sigma := self.sigma(timestep)):
             return run()
-        sigma, schedule = self.sigma(timestep), self.planned(planned)
+        schedule = self.planned(planned)
         if self.skip is None:
             self.skip = Skip(self.run, tolerance, schedule.sigmas)
         step = schedule.step(sigma)
