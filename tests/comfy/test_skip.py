@@ -3,14 +3,30 @@
 from itertools import pairwise
 
 import comfy.samplers
+import comfyui_version
 import pytest
 import torch
-from sampling import CACHE, conditioning, empty, kinds, last_run, latent, pack_module, patch, run_node, sample
-from small_models import FLUX1, QWEN, shared
+from comfy.context_windows import ContextSchedules
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from sampling import (
+    CACHE,
+    conditioning,
+    difference,
+    empty,
+    kinds,
+    last_run,
+    latent,
+    pack_module,
+    patch,
+    run_node,
+    sample,
+)
+from small_models import FLUX1, KREA, QWEN, SmallControl, load, shared, with_lora
 
 from topi_core.cost import speedup
 from topi_core.metrics import psnr
 from topi_demo import evaluate
+from topi_demo.runtime import VERSION
 
 ONLY = {"mode": "prune", "tau": 1.0, "layers": "1", "front_layers": 1}  # exact but for the skipped steps
 
@@ -18,6 +34,40 @@ ONLY = {"mode": "prune", "tau": 1.0, "layers": "1", "front_layers": 1}  # exact 
 @pytest.fixture
 def positive():
     return conditioning(FLUX1, [latent(FLUX1)])
+
+
+def denoised(model, positive, sigmas, start=None, sampler="euler"):
+    """SamplerCustom's work, from noise."""
+    start = empty(FLUX1) if start is None else start
+    if isinstance(sampler, str):
+        sampler = comfy.samplers.sampler_object(sampler)
+    noise = comfy.sample.prepare_noise(start, 7)
+    with torch.inference_mode():
+        return comfy.sample.sample_custom(
+            model, noise, 1.0, sampler, sigmas, positive, positive, start, disable_pbar=True, seed=7
+        )  # fmt: skip
+
+
+def check(attach, run, steps, family=FLUX1):
+    """Beside what else is put on a model, or asked of it, steps are skipped and counted.
+
+    Where none may be, the image is the one without ToPi.
+
+    attach: puts it on a model; run: samples a model.
+    """
+    exact, trace = patch(shared(family), **ONLY | {"tolerance": 1e-9})
+    assert torch.equal(run(attach(exact)), run(attach(shared(family))))
+    assert "skipped" not in kinds(trace)
+    for order in ("before", "after"):
+        model = attach(shared(family)) if order == "before" else shared(family)
+        model, trace = patch(model, **ONLY | {"tolerance": 1.0})
+        image = run(attach(model) if order == "after" else model)
+        last = last_run(trace)
+        assert image.isfinite().all() and kinds(trace)[:3] == ["anchor", "pruned", "pruned"]
+        assert "skipped" in kinds(trace) and kinds(trace)[-1] != "skipped"
+        assert [step.index for step in last.steps] == list(range(steps))
+        assert len({step.full_flops for step in last.steps}) == 1, "a skipped step counts as a computed one would"
+        assert all(step.flops == (0 if step.kind == "skipped" else step.full_flops) for step in last.steps)
 
 
 def by_hand(model, positive, steps, computed, corrected):
@@ -227,3 +277,192 @@ def test_the_own_interval_of_reuse(references, steps, interval):
     run = last_run(trace)
     assert run.interval == interval
     assert ("reused" in kinds(trace)) == (run.cache_bytes > 0) == (interval == 2)
+
+
+def unchanged(model):
+    return model
+
+
+@pytest.mark.parametrize("attach", [with_lora, unchanged], ids=["LoRA", "ControlNet"])
+def test_beside_a_lora_and_a_controlnet(attach):
+    control = {} if attach is with_lora else {"control": SmallControl(FLUX1, outputs=True)}
+    positive = conditioning(FLUX1, [latent(FLUX1)], **control)
+    check(attach, lambda model: sample(model, positive, latent=empty(FLUX1), steps=8), 8)
+
+
+def test_prompts_of_different_lengths(positive):
+    negative = conditioning(FLUX1, [latent(FLUX1)], seed=1, tokens=9)
+    check(unchanged, lambda model: sample(model, positive, negative, latent=empty(FLUX1), steps=8, cfg=2.0), 8)
+
+
+def test_areas(positive):
+    """Each sees a part of the latent; what is extrapolated is the whole of it."""
+    area = conditioning(FLUX1, [latent(FLUX1)], seed=3, area=(16, 8, 0, 0), strength=1.0)
+    negative = conditioning(FLUX1, seed=1)
+    check(unchanged, lambda model: sample(model, positive + area, negative, latent=empty(FLUX1), steps=8, cfg=2.0), 8)
+
+
+def test_skip_layer_guidance(positive):
+    def attach(model):
+        layers = {"double_layers": "1", "single_layers": "0, 1", "start_percent": 0.0, "end_percent": 1.0}
+        return run_node("SkipLayerGuidanceDiT", model=model, **layers)[0]
+
+    negative = conditioning(FLUX1, [latent(FLUX1)], seed=1)
+    check(attach, lambda model: sample(model, positive, negative, latent=empty(FLUX1), steps=8, cfg=2.0), 8)
+
+
+def test_context_windows():
+    inputs = {"context_length": 16, "context_overlap": 0, "dim": 3, "fuse_method": "flat", "closed_loop": False}
+    inputs |= {"context_schedule": ContextSchedules.STATIC_STANDARD, "context_stride": 1}
+    if comfyui_version.__version__ == VERSION:  # older ones have no such input
+        inputs["causal_window_fix"] = False
+    positive, start = conditioning(FLUX1, [latent(FLUX1, 16, 24)]), empty(FLUX1, 16, 32)
+    check(
+        lambda model: run_node("ContextWindowsManual", model=model, **inputs)[0],
+        lambda model: sample(model, positive, latent=start, steps=8),
+        8,
+    )
+
+
+@pytest.mark.parametrize("kind", ["DualCFG", "DualCFG, nested", "PerpNeg"])
+def test_custom_guiders(kind, positive):
+    """What they make of their predictions is one thing too."""
+    from comfy_extras.nodes_custom_sampler import Guider_DualCFG
+    from comfy_extras.nodes_perpneg import Guider_PerpNeg
+
+    middle, negative = (conditioning(FLUX1, [latent(FLUX1)], seed=seed) for seed in (1, 2))
+
+    def run(model):
+        guider = (Guider_PerpNeg if kind == "PerpNeg" else Guider_DualCFG)(model)
+        guider.set_conds(positive, middle, negative)
+        guider.set_cfg(2.0, 1.5, **({"nested": True} if "nested" in kind else {}))
+        noise = comfy.sample.prepare_noise(empty(FLUX1), 7)
+        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 8)
+        sampler = comfy.samplers.sampler_object("euler")
+        with torch.inference_mode():
+            return guider.sample(noise, empty(FLUX1), sampler, sigmas, disable_pbar=True, seed=7)
+
+    check(unchanged, run, 8)
+
+
+def test_a_schedule_that_starts_above_one(positive):
+    check(unchanged, lambda model: denoised(model, positive, torch.linspace(1.6, 0, 11)), 10)
+
+
+@pytest.mark.parametrize("family", [FLUX1, KREA], ids=lambda f: f.name)
+def test_a_compiled_model_skips_the_same_steps(family):
+    torch._dynamo.reset()
+    compiled = load(family).clone()
+    options = {"guard_filter_fn": lambda guards: ["transformer_options" not in guard.name for guard in guards]}
+    set_torch_compile_wrapper(compiled, backend="eager", options=options)
+    positive = conditioning(family, [latent(family)])
+    images, steps = [], []
+    for model in (compiled, shared(family)):
+        patched, trace = patch(model, mode="reuse", update_interval=2, tolerance=1.0)
+        images.append(sample(patched, positive, latent=empty(family), steps=12))
+        steps.append(kinds(trace))
+    assert torch.equal(*images) and steps[0] == steps[1]
+    assert {"skipped", "reused"} <= set(steps[0])
+
+
+@pytest.mark.parametrize("window", [(0.0, 0.5), (0.4, 1.0), (0.3, 0.7)])
+def test_only_inside_of_the_window(window, positive):
+    """What was seen before it counts, and what was skipped in it is put right by the first step after it."""
+    start, end = window
+    model, trace = patch(shared(FLUX1), **ONLY | {"tolerance": 1.0, "start_percent": start, "end_percent": end})
+    image = sample(model, positive, latent=empty(FLUX1), steps=16)
+    to_sigma = shared(FLUX1).get_model_object("model_sampling").percent_to_sigma
+    inside = {step.index for step in last_run(trace).steps if to_sigma(end) < step.sigma <= to_sigma(start)}
+    skipped = {i for i, kind in enumerate(kinds(trace)) if kind == "skipped"}
+    assert skipped and skipped <= inside
+    expected = by_hand(shared(FLUX1), positive, 16, set(range(16)) - skipped, corrected=True)
+    torch.testing.assert_close(image, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_empty_window_skips_nothing(positive):
+    model, trace = patch(shared(FLUX1), **ONLY | {"tolerance": 1.0, "start_percent": 0.5, "end_percent": 0.5})
+    image = sample(model, positive, latent=empty(FLUX1), steps=8)
+    assert torch.equal(image, sample(shared(FLUX1), positive, latent=empty(FLUX1), steps=8))
+    assert set(kinds(trace)) == {"full"}
+
+
+@pytest.mark.parametrize("tolerances", [(1.0, 0.0), (0.0, 1.0)])
+def test_of_two_patches_in_a_row_the_last_one_s_tolerance_counts(tolerances, positive):
+    first, unused = patch(shared(FLUX1), **ONLY | {"tolerance": tolerances[0]})
+    second, trace = patch(first, **ONLY | {"tolerance": tolerances[1]})
+    alone, other = patch(shared(FLUX1), **ONLY | {"tolerance": tolerances[1]})
+    images = [sample(model, positive, latent=empty(FLUX1), steps=8) for model in (second, alone)]
+    assert torch.equal(*images) and kinds(trace) == kinds(other) and not unused.runs
+    assert ("skipped" in kinds(trace)) == (tolerances[1] > 0)
+
+
+def test_the_model_beside_it_skips_nothing(positive):
+    """As where ToPi Patch is bypassed: the model in front of it is as it was, also after a run that skipped."""
+    before = sample(shared(FLUX1), positive, latent=empty(FLUX1), steps=8)
+    model, trace = patch(shared(FLUX1), **ONLY | {"tolerance": 1.0})
+    assert not torch.equal(sample(model, positive, latent=empty(FLUX1), steps=8), before)
+    assert torch.equal(sample(shared(FLUX1), positive, latent=empty(FLUX1), steps=8), before)
+    assert len(trace.runs) == 1
+
+
+def test_an_interrupted_run_leaves_nothing_to_the_next(positive):
+    model, _ = patch(shared(FLUX1), **ONLY | {"tolerance": 1.0})
+    fresh = sample(model, positive, latent=empty(FLUX1), steps=8)
+
+    def stop(step, *_):
+        if step == 4:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        sample(model, positive, latent=latent(FLUX1, seed=3), steps=8, callback=stop)
+    assert torch.equal(sample(model, positive, latent=empty(FLUX1), steps=8), fresh)
+
+
+def test_a_sampler_that_tells_no_schedule_skips_nothing(positive):
+    """As ToPi itself, which knows no step then."""
+
+    def bare(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        options = dict(extra_args["model_options"])
+        inner = {k: v for k, v in options.get("transformer_options", {}).items() if k != "sample_sigmas"}
+        extra_args = extra_args | {"model_options": options | {"transformer_options": inner}}
+        for sigma, to in pairwise(sigmas):
+            x = x + (to - sigma) * (x - model(x, sigma * x.new_ones(len(x)), **extra_args)) / sigma
+        return x
+
+    sigmas = torch.linspace(1, 0, 9)
+    patched, trace = patch(shared(FLUX1), **ONLY | {"tolerance": 1.0})
+    image = denoised(patched, positive, sigmas, sampler=comfy.samplers.KSAMPLER(bare))
+    assert torch.equal(image, denoised(shared(FLUX1), positive, sigmas, sampler=comfy.samplers.KSAMPLER(bare)))
+    assert not last_run(trace).steps
+
+
+@pytest.mark.parametrize("when", ["put", "read"])
+def test_a_step_that_is_done_again_for_lack_of_memory_counts_once(when, monkeypatch):
+    positive = conditioning(FLUX1, [latent(FLUX1)])
+    kind, calls = pack_module("topi_core.kv").KVCache, []
+    method = getattr(kind, when)
+
+    def full(cache, *args):
+        calls.append(args)
+        if len(calls) == FLUX1.depth // 2:
+            raise torch.OutOfMemoryError("CUDA error: out of memory")
+        return method(cache, *args)
+
+    monkeypatch.setattr(kind, when, full)
+    model, trace = patch(shared(FLUX1), mode="reuse", update_interval=2, tolerance=1.0)
+    image = sample(model, positive, latent=empty(FLUX1), steps=12)
+    run = last_run(trace)
+    assert image.isfinite().all() and len(calls) == FLUX1.depth // 2 and run.no_room
+    assert [step.index for step in run.steps] == list(range(12)) and "skipped" in kinds(trace)
+    assert len({step.full_flops for step in run.steps}) == 1
+    assert all(step.flops == step.full_flops for step in run.steps if step.kind == "full")
+
+
+def test_the_report_says_how_many_steps_were_skipped(positive):
+    model, trace = patch(shared(FLUX1), **ONLY | {"tolerance": 1.0})
+    image = sample(model, positive, latent=empty(FLUX1), steps=8)
+    (text, *_) = run_node("ToPiReport", trace=trace, latent={"samples": image})
+    skipped = kinds(trace).count("skipped")
+    assert f"{skipped} skipped" in text and "skipped by a cache" not in text
+    assert f"{8 / (8 - skipped):.2f}x the whole run, by the count of operations" in text
+    assert difference(image, sample(shared(FLUX1), positive, latent=empty(FLUX1), steps=8)) > 0
