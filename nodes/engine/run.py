@@ -74,6 +74,8 @@ class Engine:
         step = schedule.step(sigma)
         ahead = schedule.sigmas[step + 1]
         answer = self.skip.answer(x, sigma, ahead, schedule.inside(sigma))
+        if self.run.noisy and self.run.interval:  # nothing will be skipped, so that reuse is all that is left
+            self.run.interval = self.run.settings.update_interval
         if answer is not None:
             self.recorder.begin(step, sigma)
             self.recorder.skip(self.full_flops)

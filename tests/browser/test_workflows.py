@@ -184,13 +184,24 @@ def of_type(prompt: dict, type_: str) -> list[str]:
     return [key for key, node in prompt.items() if node["class_type"] == type_]
 
 
-def assert_shortened(facts: dict) -> None:
+def tolerant(prompt: dict) -> dict:
+    """As much is skipped as can be: the course of random weights is too crooked for ToPi's own tolerance."""
+    for key in of_type(prompt, "ToPiPatch"):
+        if prompt[key]["inputs"]["tolerance"]:
+            prompt[key]["inputs"]["tolerance"] = 1.0
+    return prompt
+
+
+def assert_saved(facts: dict, tolerance: float) -> None:
     """By what ToPi Report says of a run, in either mode; reuse keeps every token by default."""
-    kinds = [step["kind"] for step in facts["steps"]]
-    assert kinds[0] == "anchor"
-    assert ("pruned" in kinds) != ("reused" in kinds)
-    assert all(0 < anchor["share"] < 1 or "reused" in kinds for anchor in facts["anchors"])
-    assert facts["nothing"] is None
+    kinds, steps = [step["kind"] for step in facts["steps"]], len(facts["steps"])
+    assert "anchor" in kinds and facts["figures"]["cached"] == 0
+    assert (facts["figures"]["skipped"] > 0) == (tolerance > 0 and steps > 4)  # three before, and the last is computed
+    if facts["nothing"] is None:
+        assert ("pruned" in kinds) != ("reused" in kinds)
+        assert all(0 < anchor["share"] < 1 or "reused" in kinds for anchor in facts["anchors"])
+    else:
+        assert "skipping steps brings more" in facts["nothing"] and steps >= 12 and "skipped" in kinds
 
 
 @functools.cache
@@ -221,12 +232,17 @@ def test_an_example_runs_as_it_is_opened(opened, run, info, name):
     opened.load_template(name)
     prompt = on_the_page(opened)
     assert faults(prompt, info) == []
-    outputs = run(with_stand_ins(prompt)).outputs
+    outputs = run(tolerant(with_stand_ins(prompt))).outputs
     shown = {key for key, node in prompt.items() if info[node["class_type"]]["output_node"]}
     assert set(outputs) == shown
     assert of_type(prompt, "ToPiPatch") or of_type(prompt, "ToPiCalibrate")
     for key in of_type(prompt, "ToPiReport"):
-        assert_shortened(outputs[key]["run"][0])
+        patch = prompt[prompt[key]["inputs"]["trace"][0]]
+        if of_type(prompt, "EasyCache"):  # the only one that skips there
+            assert patch["inputs"]["tolerance"] == 0
+            assert "reused" in [step["kind"] for step in outputs[key]["run"][0]["steps"]]
+        else:
+            assert_saved(outputs[key]["run"][0], patch["inputs"]["tolerance"])
     for key in of_type(prompt, "ToPiCompare"):
         assert "inf" not in outputs[key]["text"][0]
     for key in of_type(prompt, "ToPiSaveProfile"):
@@ -325,12 +341,12 @@ def template_prompt(page: Page, name: str, info: dict) -> dict:
 
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_an_official_template_runs_with_topi(opened, run, info, name):
-    prompt = template_prompt(opened, name, info)
+    prompt = tolerant(template_prompt(opened, name, info))
     outputs = run(prompt).outputs
     reports = of_type(prompt, "ToPiReport")
     assert reports
     for key in reports:
-        assert_shortened(outputs[key]["run"][0])
+        assert_saved(outputs[key]["run"][0], 1.0)
 
 
 def test_the_template_with_a_kv_cache_is_refused_with_a_sentence(opened, run, info):

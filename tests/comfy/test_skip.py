@@ -176,6 +176,19 @@ def test_samplers_that_add_noise_skip_nothing_and_say_so(sampler, positive):
     assert "adds noise of its own" in report.summary(last_run(trace))
 
 
+@pytest.mark.parametrize("sampler", ["euler_ancestral", "dpmpp_sde", "lcm"])
+def test_where_noise_keeps_steps_from_being_skipped_reuse_saves_as_ever(sampler, positive):
+    """Its own interval is the one without a tolerance, and so is the image."""
+    image, run = {}, {}
+    for tolerance in (0.0, 0.05):
+        model, trace = patch(shared(FLUX1), mode="reuse", tolerance=tolerance)
+        image[tolerance] = sample(model, positive, latent=empty(FLUX1), steps=16, sampler=sampler)
+        run[tolerance] = last_run(trace)
+    assert run[0.05].noisy and run[0.05].interval == 2 and run[0.05].cache_bytes > 0
+    assert [step.kind for step in run[0.05].steps] == [step.kind for step in run[0.0].steps]
+    assert torch.equal(image[0.0], image[0.05])
+
+
 def test_guidance_is_extrapolated_as_one(positive):
     negative = conditioning(FLUX1, [latent(FLUX1)], seed=1)
     model, trace = patch(shared(FLUX1), **ONLY | {"tolerance": 1.0})

@@ -126,7 +126,11 @@ def test_a_batch_is_counted_by_image():
     (run(["full"] * 4, anchors={"start_percent": 0.99}), "no step lies between start_percent 0.99 and end_percent 1"),
     (run(["anchor"]), "too few steps: of 1, none is left"),
     (run(["anchor"] * 3, anchors={"update_interval": 1}), "every step is an anchor"),
-    (run(["full"] * 3 + ["anchor"] * 9, mode="reuse", kept=(4,), tolerance=0.05), "skipping steps brings more"),
+    (run(["full"] * 3 + ["anchor"] * 9, mode="reuse", kept=(4,), tolerance=0.05), "a tolerance of 0.05 none could be"),
+    (
+        run(["full"] * 3 + ["anchor"] * 8 + ["extrapolated", "anchor"], mode="reuse", kept=(4,), tolerance=0.05),
+        "skipping steps brings more",
+    ),
     (run(["anchor", "pruned"], kept=(4,), tau=1.0), "tau is 1"),
     (run(["anchor", "pruned"], kept=(4,), min_keep=1.0), "min_keep is 1"),
     (run(["skipped"] * 2), "a cache skipped every step"),
