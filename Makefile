@@ -43,7 +43,7 @@ evaluate: setup  ## measure the demo model on held-out scenes
 
 bench: setup  ## a short benchmark of fidelity and speed; bench/fidelity.py and bench/speed.py have all of it
 	@rm -f demo_output/fidelity.jsonl demo_output/speed.jsonl
-	@$(RUN) bench.fidelity --panels open --only "fewer steps: 10" "tolerance 0.05" -n 2 --out demo_output/fidelity.jsonl
+	@$(RUN) bench.fidelity --sets main --panels open --only "fewer steps: 10" "tolerance 0.05" -n 2 --out demo_output/fidelity.jsonl
 	@$(RUN) bench.speed --architectures flux1-kontext --sides 256 --references 1 --rows 1 --kept 0.5 --repeats 1 \
 		--out demo_output/speed.jsonl
 
