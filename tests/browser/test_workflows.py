@@ -280,7 +280,7 @@ def test_an_example_is_tidy_and_says_which_files_it_needs(name):
     workflow = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     assert "id" not in workflow  # with one, the page shows the results of its last run when it is opened afresh
     notes = [node for node in workflow["nodes"] if node["type"] == "MarkdownNote"]
-    live = {"ToPiPatch": 434}  # it grows when its live view comes
+    live = {"ToPiPatch": 410}  # it grows when its live view comes
     boxes = [[*node["pos"], node["size"][0], live.get(node["type"], node["size"][1])] for node in workflow["nodes"]]
     boxes = [(x, y - 30, x + width, y + height) for x, y, width, height in boxes]  # with the title
     for i, a in enumerate(boxes):
