@@ -47,7 +47,8 @@ def saving_that(change):
 @by_family
 @pytest.mark.parametrize("mode", ["reuse", "prune"])
 def test_before_the_blocks_and_behind_the_last_one(family, mode):
-    settings, positive = {"mode": mode}, conditioning(family, [latent(family)])
+    anchors = pack_module("topi_core.config").AnchorSettings(update_interval=10)
+    settings, positive = {"mode": mode, "anchors": anchors}, conditioning(family, [latent(family)])
     plain = sample(
         with_saving(family, pack_module("topi_core.plan").Saving(), **settings), positive, latent=empty(family)
     )
