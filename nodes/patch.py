@@ -34,8 +34,8 @@ class ToPiPatch(io.ComfyNode):
                     "Qwen-Image-Edit, Mage-Flow, JoyImage, Krea 2, OmniGen2 or Boogu."),
                 io.Combo.Input("mode", options=list(MODES), default="reuse",
                     tooltip="What becomes of the references between anchors. reuse: none of their tokens is computed, "
-                    "the picture sees their keys and values of the anchor, which takes memory; in long runs with one "
-                    "reference skipping alone does better, and nothing is reused. prune: tokens of little influence "
+                    "the picture sees their keys and values of the anchor, which takes memory; in runs of 12 steps "
+                    "and more skipping alone does better, and nothing is reused. prune: tokens of little influence "
                     "leave the sequence; with a tolerance of 0 it is the paper's method with its published settings."),
                 io.Int.Input("update_interval", default=0, min=0, max=1000,
                     tooltip="Computed steps from one anchor to the next; at an anchor everything is computed, and "

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from .influence import INFLUENCE, Scorer
-from .layout import Layout
 from .schedule import Spacing
 
 Mode = Literal["reuse", "prune"]
@@ -12,9 +11,8 @@ AnySpacing = Literal["auto", "steps", "sigma"]
 MODES, SPACINGS = get_args(Mode), get_args(AnySpacing)
 OWN_INTERVAL: dict[Mode, int] = {"reuse": 2, "prune": 10}
 """Computed steps from anchor to anchor where update_interval is 0; 10 is the paper's. See `Settings.interval`."""
-LONG, MUCH = 12, 1.9
-"""Steps of a long run, and how many times the picture's tokens are much of references: two of them, as references of
-other shapes than the picture's have a few tokens less or more."""
+LONG = 12
+"""Steps of a long run."""
 TOLERANCE = 0.05
 """The node's default: the error that a skipped step may add to the picture (`savings.skip`)."""
 WARM_UP = 0.25
@@ -112,15 +110,15 @@ class Settings:
     def update_interval(self) -> int:
         return self.anchors.update_interval or OWN_INTERVAL[self.mode]
 
-    def interval(self, steps: int, layout: Layout) -> int:
+    def interval(self, steps: int) -> int:
         """Computed steps from anchor to anchor in a run of so many steps.
 
-        In a long run with few reference tokens, skipping alone brings more than reusing between computed steps does
-        (docs/fidelity.md): where both may happen, reuse's own interval is 1 there, and nothing is reused. A sampler
+        In a long run skipping alone brings more than reusing between computed steps does (docs/fidelity.md): where both
+        may happen, reuse's own interval is 1 there, and nothing is reused. A sampler
         that adds noise of its own keeps steps from being skipped: a run that sees that goes on with `update_interval`.
         """
         own = self.mode == "reuse" and not self.anchors.update_interval
-        if own and self.tolerance and steps >= LONG and layout.reference_tokens < MUCH * layout.target_tokens:
+        if own and self.tolerance and steps >= LONG:
             return 1
         return self.update_interval
 

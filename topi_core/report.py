@@ -115,7 +115,7 @@ def why_nothing(run: Run) -> str | None:
         if run.interval == 1 and not s.anchors.update_interval:
             if not any(step.extrapolated for step in run.steps):
                 return f"steps are skipped instead, and within a tolerance of {s.tolerance:g} none could be"
-            return "in a long run with few reference tokens, skipping steps brings more"
+            return "in a long run skipping steps brings more"
         if run.interval == 1 and steps > 1:
             return "update_interval is 1, so every step is an anchor and runs in full"
         return f"too few steps: of {steps}, none is left after the anchor"

@@ -107,7 +107,7 @@ class Engine:
         memory = self.memory(given.latent, given.references, len(conds))
         steps, device = len(schedule.sigmas) - 1, given.latent.device
         if sets and not self.run.interval:
-            self.run.interval = self.run.settings.interval(steps, layout)
+            self.run.interval = self.run.settings.interval(steps)
         call = Call(step, sigma, layout, conds, self.images, device, sets, given.text_leaves, memory, steps=steps)
         return self._plan(call, schedule), call
 

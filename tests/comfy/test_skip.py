@@ -281,7 +281,7 @@ def test_a_run_leaves_nothing_behind(positive):
     assert len(kinds(trace)) == 8
 
 
-@pytest.mark.parametrize(("references", "steps", "interval"), [(1, 12, 1), (2, 12, 2), (1, 8, 2)])
+@pytest.mark.parametrize(("references", "steps", "interval"), [(1, 12, 1), (3, 12, 1), (1, 8, 2)])
 def test_the_own_interval_of_reuse(references, steps, interval):
     """Where every computed step is an anchor, no key and no value is kept."""
     model, trace = patch(shared(FLUX1), mode="reuse", tolerance=0.05)

@@ -24,7 +24,7 @@ def run(
         mode=mode, tolerance=tolerance, anchors=AnchorSettings(**anchors or {}), keep=KeepSettings(**keep)
     )
     made = Run(model, chosen, reference_tokens=layout.reference_tokens)
-    made.interval = chosen.interval(len(kinds), layout) if references else 0
+    made.interval = chosen.interval(len(kinds)) if references else 0
     seconds = {"full": 2.0, "anchor": 2.1, "pruned": 1.0, "reused": 1.0, "skipped": 0.01}
     for i, kind in enumerate(kinds):
         if kind == "anchor":

@@ -4,7 +4,6 @@ import pytest
 
 from topi_core.config import AnchorSettings, KeepSettings, LayerSettings, ReuseSettings, Settings
 from topi_core.influence import INFLUENCE
-from topi_core.layout import Layout
 
 
 def test_the_defaults_are_the_nodes():
@@ -47,26 +46,20 @@ def test_a_bad_value_is_one_sentence(part, wrong, sentence):
     assert str(refusal.value) == sentence
 
 
-ONE, TWO = (Layout(6, (4, 4), ((4, 4),) * references) for references in (1, 2))
-SHAPES = Layout(6, (64, 64), ((64, 64), (55, 74)))  # of about as many pixels
-
-
 @pytest.mark.parametrize(
-    ("given", "steps", "layout", "interval"),
+    ("given", "steps", "interval"),
     [
-        (dict(tolerance=0.05), 20, ONE, 1),
-        (dict(tolerance=0.05), 12, ONE, 1),
-        (dict(tolerance=0.05), 11, ONE, 2),  # too short to skip much
-        (dict(tolerance=0.05), 20, TWO, 2),  # much to save at each computed step
-        (dict(tolerance=0.05), 20, SHAPES, 2),
-        (dict(), 20, ONE, 2),  # nothing is skipped
-        (dict(tolerance=0.05, anchors=AnchorSettings(update_interval=5)), 20, ONE, 5),
-        (dict(tolerance=0.05, mode="prune"), 20, ONE, 10),
-        (dict(mode="prune"), 20, TWO, 10),
+        (dict(tolerance=0.05), 20, 1),
+        (dict(tolerance=0.05), 12, 1),
+        (dict(tolerance=0.05), 11, 2),  # too short to skip much
+        (dict(), 20, 2),  # nothing is skipped
+        (dict(tolerance=0.05, anchors=AnchorSettings(update_interval=5)), 20, 5),
+        (dict(tolerance=0.05, mode="prune"), 20, 10),
+        (dict(mode="prune"), 20, 10),
     ],
 )
-def test_the_interval_of_a_run(given, steps, layout, interval):
-    assert Settings(**given).interval(steps, layout) == interval
+def test_the_interval_of_a_run(given, steps, interval):
+    assert Settings(**given).interval(steps) == interval
 
 
 @pytest.mark.parametrize(
