@@ -114,8 +114,8 @@ class Settings:
         """Computed steps from anchor to anchor in a run of so many steps.
 
         In a long run skipping alone brings more than reusing between computed steps does (docs/fidelity.md): where both
-        may happen, reuse's own interval is 1 there, and nothing is reused. A sampler
-        that adds noise of its own keeps steps from being skipped: a run that sees that goes on with `update_interval`.
+        may happen, reuse's own interval is 1 there, and nothing is reused. A sampler that adds noise of its own keeps
+        steps from being skipped: a run that sees that goes on with `update_interval`.
         """
         own = self.mode == "reuse" and not self.anchors.update_interval
         if own and self.tolerance and steps >= LONG:
