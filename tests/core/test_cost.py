@@ -67,10 +67,10 @@ DEPTHS = {"FLUX.1 Kontext": 57, "FLUX.2 klein 4B": 25}  # layers of width 3072
 
 
 def test_the_readmes_memory_of_reuse():
-    """Keys and values of two references of 1024 x 1024 pixels in bfloat16; the prompt's own are not kept by default."""
+    """Keys and values of a reference of 1024 x 1024 pixels in bfloat16; the prompt's own are not kept by default."""
     readme = " ".join((Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8").split())
-    (sentence,) = re.findall(r"Two references of 1024 x 1024 pixels take .*? GB\.", readme)
+    (sentence,) = re.findall(r"A reference of 1024 x 1024 pixels takes .*?\. [A-Z]", readme)
     said = re.findall(r"([\d.]+) GB in (FLUX\.1 Kontext)|in (FLUX\.2 klein 4B) ([\d.]+) GB", sentence)
     found = {first or second: float(a or b) for a, first, second, b in said}
-    assert found == {name: round(2 * depth * 2 * 4096 * 3072 * 2 / 1e9, 1) for name, depth in DEPTHS.items()}
-    assert "twice that with the forecast" in sentence and not Settings().reuse.reuse_text
+    assert found == {name: round(2 * depth * 4096 * 3072 * 2 / 1e9, 1) for name, depth in DEPTHS.items()}
+    assert sentence.count("twice that") == 2 and not Settings().reuse.reuse_text
