@@ -141,18 +141,22 @@ class Results:
         return 1 / fmean(1 / kinds[kind]["predicted"] for kind in PANELS[panel].kinds for _ in kinds[kind]["psnr"])
 
     def ahead(self, s: Scenario, panel: str) -> tuple[float, float, float] | None:
-        """dB above plain fewer steps at the same cost, edit by edit; None outside of what was measured of these."""
-        plain = sorted(
-            ((self.speedup(p, panel), self.values(p, panel)) for p in SCENARIOS
-             if p.line == FEWER and p.steps == s.steps and self.has(p, panel)),
-            key=lambda point: point[0],
-        )  # fmt: skip
+        """dB above plain fewer steps at the same cost, edit by edit; None outside of what was measured of these.
+
+        Of a kind with more edits in one of the two, the first ones, which are the same.
+        """
+        plain = [p for p in SCENARIOS if p.line == FEWER and p.steps == s.steps and self.has(p, panel)]
+        plain.sort(key=lambda p: self.speedup(p, panel))
         at = self.speedup(s, panel)
-        for (low, a), (high, b) in pairwise(plain):
+        for a, b in pairwise(plain):
+            low, high = self.speedup(a, panel), self.speedup(b, panel)
             if low <= at <= high:
                 t = (np.log(at) - np.log(low)) / (np.log(high) - np.log(low))
-                others = (1 - t) * np.asarray(a) + t * np.asarray(b)
-                return interval(list(np.asarray(self.values(s, panel)) - others))
+                differences = []
+                for kind in PANELS[panel].kinds:
+                    values = (self.rows[each.key, panel][kind]["psnr"] for each in (s, a, b))
+                    differences += [x - (1 - t) * y - t * z for x, y, z in zip(*values, strict=False)]
+                return interval(differences)
         return None
 
     def table(self, scenarios: Iterable[Scenario], panels: Iterable[str]) -> str:

@@ -119,7 +119,7 @@ def _regione(delta: float) -> Scenario:
 
 
 MAIN: tuple[Scenario, ...] = (
-    *fewer(STEPS, (15, 12, 10, 8, 6, 5)),
+    *fewer(STEPS, (17, 15, 12, 10, 8, 6, 5)),
     *line("ToPi", {f"tolerance {t:g}": {"tolerance": t} for t in TOLERANCES}),
     *line("EasyCache", {f"{t:g}": EVERY_STEP for t in (0.1,)}, easycache=0.1),
     *line("EasyCache", {f"{t:g}": EVERY_STEP for t in (0.2,)}, easycache=0.2),
