@@ -13,6 +13,7 @@ from itertools import groupby
 from pathlib import Path
 
 from topi_demo import demo, evaluate
+from topi_demo.edits import GRAMMAR
 from topi_demo.provenance import read
 
 from . import fidelity, kernels, nearness, runs, speed
@@ -46,6 +47,27 @@ def short() -> str:
     return results.table([s for s in MAIN if s.line in ("ToPi", "EasyCache")], PANELS)
 
 
+PAPER = {"local": (27.55, 25.82), "global": (22.46, 21.04), "camera": (25.01, 25.07), "implicit": (29.40, 28.05)}
+"""Table 1's PSNR of ToPi, FLUX.1 Kontext and Qwen-Image-Edit."""
+
+
+def groups() -> str:
+    """Prune with the paper's settings, by its groups of edits, beside its Table 1."""
+    (prune,) = (s for s in TOKENS if s.key == "prune: tau 0.85")
+    kinds = fidelity.Results(_rows("fidelity")).rows[prune.key, "closed"]
+    lines = ["| prune, tau 0.85, dB to the full run | " + " | ".join(PAPER) + " |", "|---" * (len(PAPER) + 1) + "|"]
+    cells = []
+    for group in PAPER:
+        mean, low, high = fidelity.interval(
+            [v for kind in kinds if GRAMMAR[kind][0] == group for v in kinds[kind]["psnr"]]
+        )
+        cells.append(f"{mean:.1f} ±{(high - low) / 2:.1f}")
+    lines.append("| demo model | " + " | ".join(cells) + " |")
+    for i, model in enumerate(("FLUX.1 Kontext", "Qwen-Image-Edit")):
+        lines.append(f"| {model}, Table 1 | " + " | ".join(f"{values[i]:.1f}" for values in PAPER.values()) + " |")
+    return "\n".join(lines)
+
+
 def perceived() -> str:
     """SSIM and LPIPS of some: half of the steps, ToPi, and the others at about 2x."""
     names = ("fewer steps: 10 of 20", "ToPi: ", "EasyCache: 0.2", "linear: 10", "rule: 0.05", "as 0.1.0")
@@ -58,6 +80,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/demo_model.md": {
         "quality": lambda: _quality(0),
         "nearness": lambda: nearness.markdown(_rows("nearness")),
+        "groups": groups,
         "attention": lambda: _quality(1),
         "demo": lambda: demo.table(_rows("demo")),
     },
