@@ -51,14 +51,14 @@ def measure(scenarios: Iterable[Scenario], panels: Iterable[Panel], count: int, 
             fulls: dict[tuple, torch.Tensor] = {}
             parts = _parts(held_out(kind, number)) if todo else []
 
-            def run(base, s: Scenario, steps: int, parts: list[Edits] = parts, cfg: float = panel.cfg) -> torch.Tensor:
+            def run(base, steps: int, parts: list[Edits] = parts, cfg: float = panel.cfg) -> torch.Tensor:
                 return torch.cat([edit((base, clip, vae), part, SEED, steps, cfg=cfg) for part in parts])
 
             for s in todo:
                 started, base = time.monotonic(), models[s.dtype]
                 of = s.dtype, s.steps
                 if of not in fulls:
-                    fulls[of] = run(base, s, s.steps)
+                    fulls[of] = run(base, s.steps)
                 if s.easycache is not None:
                     base = easycache.EasyCacheNode.execute(base, s.easycache, 0.15, 0.95, False).result[0]
                 if s.plain:
@@ -67,7 +67,7 @@ def measure(scenarios: Iterable[Scenario], panels: Iterable[Panel], count: int, 
                     patched, trace = BASELINES[s.baseline](node, base, **s.inputs)
                 else:
                     patched, trace = patch(node, base, s.scorer, **s.node_inputs)
-                image = run(patched, s, s.plain or s.steps)
+                image = run(patched, s.plain or s.steps)
                 yield {
                     "what": "fidelity", "scenario": s.key, "panel": panel.name, "kind": kind, "edits": number,
                     "inputs": s.inputs, "psnr": _values(psnr(image, fulls[of]).clamp(max=100), 2),
@@ -118,7 +118,7 @@ def interval(values: list[float]) -> tuple[float, float, float]:
 
 
 class Results:
-    """The rows of the newest weights: of a scenario, panel and kind the ones of most edits, and the newest of these."""
+    """Of a scenario, panel and kind of edit the row of most edits, and the newest of these."""
 
     def __init__(self, rows: list[dict]):
         self.rows: dict[tuple[str, str], dict[str, dict]] = {}

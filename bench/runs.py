@@ -22,7 +22,7 @@ import torch
 from topi_demo.provenance import read, setting
 from topi_demo.runtime import load_pack, patch
 
-from .speed import ARCHITECTURES, CallTimes, network
+from .speed import ARCHITECTURES, CallTimes, Inputs, network
 
 RESULTS = Path(__file__).resolve().parent / "results" / "runs.jsonl"
 COMPUTED = {"tolerance": 0.0}  # every step
@@ -43,25 +43,16 @@ def measure(name: str, blocks: tuple[int, int], model, topi, side: int, referenc
 
     a = ARCHITECTURES[name]
     cells, device = side // a.cell, model.load_device
-    generator = torch.Generator().manual_seed(1)
-
-    def latent() -> torch.Tensor:
-        frames = (1,) if a.family == "qwen_image" else ()
-        return torch.randn(1, a.channels, *frames, cells, cells, generator=generator)
-
-    def conditioning(refs: list[torch.Tensor]) -> list:
-        values = {"pooled_output": torch.zeros(1, 768)} | ({"reference_latents": refs} if refs else {})
-        return [[torch.randn(1, a.text_tokens, a.text_width, generator=generator), values]]
-
-    whole, layer = [latent() for _ in range(references)], f"{sum(blocks) // 2}"
+    given = Inputs(a)
+    whole, layer = [given.latent(cells, cells) for _ in range(references)], f"{sum(blocks) // 2}"
     patched = {way: topi(model, layers=layer, **inputs) for way, inputs in WAYS.items()}
     found: dict[str, dict] = {}
 
     def run(way: str, patched_model, refs: list[torch.Tensor], count: int) -> None:
         times, timed = CallTimes(device), patched_model.clone()
         timed.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "bench", times)
-        conds = [conditioning(refs) for _ in range(2)]
-        noise = latent()
+        conds = [given.conditioning(refs) for _ in range(2)]
+        noise = given.latent(cells, cells)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)

@@ -118,6 +118,22 @@ def network(a: Architecture, blocks: tuple[int, int]):
     return comfy.sd.load_diffusion_model_state_dict(weights, model_options={"dtype": dtype})
 
 
+class Inputs:
+    """What runs of an architecture are given: random latents and prompts, always the same ones in the same order."""
+
+    def __init__(self, architecture: Architecture):
+        self.architecture, self.generator = architecture, torch.Generator().manual_seed(1)
+
+    def latent(self, rows: int, columns: int) -> torch.Tensor:
+        frames = (1,) if self.architecture.family == "qwen_image" else ()
+        return torch.randn(1, self.architecture.channels, *frames, rows, columns, generator=self.generator)
+
+    def conditioning(self, references: list[torch.Tensor]) -> list:
+        a = self.architecture
+        values = {"pooled_output": torch.zeros(1, 768)} | ({"reference_latents": references} if references else {})
+        return [[torch.randn(1, a.text_tokens, a.text_width, generator=self.generator), values]]
+
+
 class CallTimes:
     """An APPLY_MODEL wrapper: it times every call of the network, outside of the wrapper in which ToPi works."""
 
@@ -148,19 +164,10 @@ def measure(w: Workload, model, blocks: tuple[int, int], topi: Callable, repeats
 
     a = ARCHITECTURES[w.architecture]
     cells = w.side // a.cell
-    generator = torch.Generator().manual_seed(1)
-
-    def latent(rows: int, columns: int) -> torch.Tensor:
-        frames = (1,) if a.family == "qwen_image" else ()
-        return torch.randn(1, a.channels, *frames, rows, columns, generator=generator)
-
-    def conditioning(references: list[torch.Tensor]) -> list:
-        values = {"pooled_output": torch.zeros(1, 768)} | ({"reference_latents": references} if references else {})
-        return [[torch.randn(1, a.text_tokens, a.text_width, generator=generator), values]]
-
-    whole = [latent(cells, cells) for _ in range(w.references)]
+    given = Inputs(a)
+    whole = [given.latent(cells, cells) for _ in range(w.references)]
     kept_rows = max(1, round(cells // a.patch * w.kept)) * a.patch
-    cut = [latent(kept_rows, cells) for _ in range(w.references)]
+    cut = [given.latent(kept_rows, cells) for _ in range(w.references)]
     share = kept_rows / cells
     depth = sum(blocks)
     front = a.front if blocks == a.blocks else 0
@@ -183,8 +190,8 @@ def measure(w: Workload, model, blocks: tuple[int, int], topi: Callable, repeats
         times = CallTimes(device)
         timed = patched.clone()
         timed.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "bench", times)
-        noise = latent(cells, cells)
-        conds = [conditioning(references) for _ in range(2)]
+        noise = given.latent(cells, cells)
+        conds = [given.conditioning(references) for _ in range(2)]
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         comfy.sample.sample(

@@ -8,6 +8,11 @@ from importlib import import_module
 from typing import Any
 
 
+def module_of(nodes: dict[str, type]):
+    """The module of ToPi Patch as ComfyUI loaded it: from there its engine and its families are in reach."""
+    return sys.modules[nodes["ToPiPatch"].__module__]
+
+
 def attached(
     nodes: dict[str, type], model, make: Callable[..., Sequence], beside: bool = False, **settings: Any
 ) -> tuple:
@@ -16,7 +21,7 @@ def attached(
     make: (run, references, network, seed), as `nodes.engine.attach.Patch.savings` -> savings. settings: fields of
     `topi_core.config.Settings`; with the anchors of its `mode` unless they say otherwise.
     """
-    node = sys.modules[nodes["ToPiPatch"].__module__]
+    node = module_of(nodes)
     core = node.__package__.rpartition(".")[0] + ".topi_core"
     config, trace = (import_module(f"{core}.{name}") for name in ("config", "trace"))
     network, chosen = model.get_model_object("diffusion_model"), config.Settings(**settings)

@@ -11,7 +11,6 @@ Sigmas run from 1 to 0, and a step i goes from sigmas[i] to sigmas[i + 1].
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -25,7 +24,7 @@ from topi_core.layout import Layout
 from topi_core.plan import Call, CondKey, Plan, Saving
 from topi_core.savings.reuse import Reuse
 
-from .attach import attached
+from .attach import attached, module_of
 
 KEY = "bench"
 ONE_ANCHOR = AnchorSettings(update_interval=1000)  # the most that the setting takes: the first step alone
@@ -315,8 +314,7 @@ def watched(
 
 
 def _family(nodes: dict[str, type], model):
-    patch = sys.modules[nodes["ToPiPatch"].__module__]
-    return patch.family_of(model.get_model_object("diffusion_model"))
+    return module_of(nodes).family_of(model.get_model_object("diffusion_model"))
 
 
 def _forecast(kind: type[Held], nodes, model, *, steps: int, computed: int) -> tuple:

@@ -40,7 +40,7 @@ class Skipped(NamedTuple):
 
 @dataclass(eq=False)
 class Skip:
-    """Lives for one run. `end` and `steps` are the last sigma of its schedule and their number."""
+    """Lives for one run, whose schedule goes through `sigmas`."""
 
     run: Run
     tolerance: float
